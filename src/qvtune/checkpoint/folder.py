@@ -1,0 +1,137 @@
+"""The checkpoint folder: written whole or not at all, checked before it is used, readable by PEFT as it is.
+
+    checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it
+                                 optimizer.safetensors      fp32 masters and AdamW moments by parameter name
+                                 trainer_state.json         step, counters, the settings that made the trajectory
+                                 manifest.json              size and sha256 of each file above
+    checkpoints/latest           symbolic link to the newest complete one
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qvtune.errors import UserError
+
+_STEP_NAME = re.compile(r"step-(\d{8})")
+_MANIFEST = "manifest.json"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """``checkpoints/step-00000020``."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """All checkpoints, oldest first. A name without a manifest cannot occur: the folder appears by one rename."""
+    found = [path for path in checkpoints.glob("step-*") if _STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    found = complete_checkpoints(checkpoints)
+    return found[-1] if found else None
+
+
+def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> int:
+    """Write one checkpoint: files into a private folder, fsync, manifest, one rename, ``latest``. Returns its bytes.
+
+    A crash at any moment leaves either the complete folder or a hidden one that ``remove_unfinished`` deletes.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    target = step_folder(checkpoints, step)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=checkpoints))
+    write_files(temporary)
+    files = sorted(path for path in temporary.iterdir())
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in temporary.iterdir():
+        _fsync(path)
+    temporary.chmod(0o755)
+    _fsync(temporary)
+    if target.exists():  # the same step again, after a resume from an older one
+        _discard(target)
+    os.rename(temporary, target)
+    _point_latest(checkpoints, target)
+    return sum(entry["bytes"] for entry in manifest.values())
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
+    for folder in complete_checkpoints(checkpoints)[:-keep]:
+        _discard(folder)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete what a crash while writing or deleting has left."""
+    for folder in checkpoints.glob(".step-*"):
+        shutil.rmtree(folder)
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a user means: the folder itself, ``checkpoints/latest``, or a run folder (its newest).
+
+    Raises UserError when there is none.
+    """
+    if (path / _MANIFEST).is_file():
+        return path.resolve()
+    found = newest(path / "checkpoints") or newest(path)
+    if found is None:
+        raise UserError(f"{path}: no checkpoint; give a folder runs/NAME/checkpoints/step-* or a run folder that has one")
+    return found.resolve()
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest. Raises UserError listing all that differ."""
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    problems = []
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written")
+        elif _sha256(path) != entry["sha256"]:
+            problems.append(f"{path}: the content is not what was written (sha256)")
+    if problems:
+        raise UserError([*problems, f"{folder} is damaged; delete it to use the checkpoint before it"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a newline at the end."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _point_latest(checkpoints: Path, target: Path) -> None:
+    link = checkpoints / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    os.replace(link, checkpoints / "latest")
+    _fsync(checkpoints)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder so that it never looks complete meanwhile."""
+    doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    os.rename(folder, doomed / folder.name)
+    shutil.rmtree(doomed)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

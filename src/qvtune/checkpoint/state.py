@@ -1,0 +1,103 @@
+"""What a checkpoint holds, taken from and put back into a DeepSpeed engine, by parameter name and whole.
+
+Whole tensors by name do not depend on the number of ranks. All functions that take an engine are collective.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qvtune.adapters.projections import saved_name, trainable
+from qvtune.checkpoint.folder import write_json
+from qvtune.errors import UserError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainerState:
+    """Counters of a run. ``step`` optimizer steps are done; ``trajectory`` are the settings that decide the losses."""
+
+    step: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    eval_losses: dict[int, float] = field(default_factory=dict)
+    trajectory: dict[str, Any] = field(default_factory=dict)
+
+
+def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameter name -> ``value`` (as forward uses it), ``master`` (fp32) and the AdamW moments, on the CPU."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in trainable(engine.module.model):
+        with GatheredParameters([parameter]):
+            entry = {"value": parameter.detach().clone()}
+        entry["master"] = safe_get_full_fp32_param(parameter)
+        for key in _MOMENTS:
+            entry[key] = safe_get_full_optimizer_state(parameter, key)
+        state[name] = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.items()}
+    return state
+
+
+def save(folder: Path, state: dict[str, dict[str, torch.Tensor]], peft_config: Any, trainer: TrainerState) -> None:
+    """Write the files of one checkpoint into ``folder`` (one rank)."""
+    save_file(
+        {saved_name(name): entry["value"] for name, entry in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    kept = {f"{key}/{saved_name(name)}": entry[key] for name, entry in state.items() for key in ("master", *_MOMENTS)}
+    save_file(kept, folder / "optimizer.safetensors")
+    peft_config.save_pretrained(folder)
+    write_json(folder / "trainer_state.json", vars(trainer))
+
+
+def load_trainer_state(folder: Path) -> TrainerState:
+    """The counters of a checkpoint."""
+    import json
+
+    stored = json.loads((folder / "trainer_state.json").read_text())
+    stored["eval_losses"] = {int(step): loss for step, loss in stored["eval_losses"].items()}
+    return TrainerState(**stored)
+
+
+def load_adapter(folder: Path, model: nn.Module) -> None:
+    """Put the adapter of a checkpoint into a ``PeftModel`` before DeepSpeed cuts it. Raises UserError on other names."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    parameters = {saved_name(name): parameter for name, parameter in trainable(model)}
+    _require_same(folder / "adapter_model.safetensors", stored.keys(), parameters.keys())
+    for name, parameter in parameters.items():
+        if stored[name].shape != parameter.shape:
+            raise UserError(
+                f"{folder}: {name} has shape {list(stored[name].shape)}, this run needs {list(parameter.shape)} (adapter.rank)"
+            )
+        parameter.data.copy_(stored[name])
+
+
+def load_optimizer(folder: Path, engine: Any, step: int) -> None:
+    """Put masters, moments and AdamW's step count back."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    stored = load_file(folder / "optimizer.safetensors")
+    for name, parameter in trainable(engine.module.model):
+        safe_set_full_fp32_param(parameter, stored[f"master/{saved_name(name)}"].to(engine.device))
+        for key in _MOMENTS:
+            safe_set_full_optimizer_state(parameter, stored[f"{key}/{saved_name(name)}"].to(engine.device), key)
+    for entry in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(entry["step"]):
+            entry["step"].fill_(step)
+        else:
+            entry["step"] = step
+
+
+def _require_same(path: Path, found: Any, expected: Any) -> None:
+    if problems := [f"{path}: {name} is missing" for name in sorted(expected - found)] + [
+        f"{path}: {name} has no place in this run's adapter (adapter.projections)" for name in sorted(found - expected)
+    ]:
+        raise UserError(problems)

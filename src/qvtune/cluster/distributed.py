@@ -1,0 +1,144 @@
+"""The one user of torch.distributed and of the rank variables.
+
+Started by ``deepspeed``, torchrun or ``srun`` the variables are there; started as plain ``python`` this is one process.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from qvtune.errors import UserError
+
+Value = TypeVar("Value")
+
+
+def start() -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leave together: the launcher ends the other ranks as soon as one has left with a code."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank() -> int:
+    """This process among all; 0 before ``start``."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; 1 before ``start``."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over the ranks, in float64, in one collective."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(*values: float) -> list[float]:
+    """The largest of each value over the ranks, in one collective."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: tuple[float, ...], operation: Any) -> list[float]:
+    totals = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(totals, operation)
+    result: list[float] = totals.tolist()
+    return result
+
+
+def gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all ranks, in rank order; equal shapes."""
+    if world_size() == 1:
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return parts
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """The objects of all ranks, in rank order."""
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A user error of any rank inside the block is raised on all of them, so that none waits for another.
+
+    No collectives inside: a rank with an error does not take part in them.
+    """
+    own: tuple[str, ...] = ()
+    try:
+        yield
+    except UserError as error:
+        own = error.problems
+    reports = gather_objects(own)
+    problems = list(dict.fromkeys(problem for report in reports for problem in report))
+    if problems:
+        raise UserError(problems)
+
+
+def once_per_host(build: Callable[[], Value]) -> Value:
+    """``build()`` on every rank, on the first of each host before the others, which then find its result in the cache.
+
+    Raises its UserError on all ranks; no collectives inside.
+    """
+    for first in (True, False):
+        with together():
+            if (local_rank() == 0) is first:
+                value = build()
+    return value

@@ -1,0 +1,240 @@
+"""The DeepSpeed JSON of a run: every "auto" filled in, every contradiction to the run reported."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import qvtune
+from qvtune.config.problems import closest, describe, suggestion
+from qvtune.config.schema import RunConfig
+from qvtune.errors import UserError
+
+# Keys that may stand in a JSON, at the top and in two of its blocks. DeepSpeed ignores keys that it does not know, and
+# most that it does know belong to things this project does itself (schedule, master weights, checkpoints, reports).
+# The keys of zero_optimization are DeepSpeed's own; the loggers check theirs.
+ALLOWED_KEYS: dict[str, tuple[str, ...]] = {
+    "": (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16",
+        "communication_data_type",
+        "data_types",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "log_level",
+        "comms_logger",
+        "flops_profiler",
+    ),
+    "bf16": ("enabled", "check_grad_overflow"),
+    "data_types": ("grad_accum_dtype",),
+}
+_REFUSED = {
+    "optimizer": "DeepSpeed would build an optimizer of its own, and the learning rate of each parameter group would "
+    "be lost; remove the block, section `optimizer` of the run holds these settings",
+    "scheduler": "DeepSpeed's schedulers give all parameter groups one learning rate (DeepSpeed issues #7303, #8171); "
+    "remove the block, section `schedule` of the run holds these settings",
+    "fp16": "float16 is not supported: remove the block, and set `model.dtype` to bfloat16 or float32",
+}
+# They would read the packed NF4 codes as numbers and round them.
+_CODES = "it rounds the frozen parameters, and here these are packed 4-bit codes; remove it"
+_REFUSED_ZERO = {
+    "zero_quantized_weights": _CODES,
+    "zero_quantized_nontrainable_weights": _CODES,
+    "cpu_offload": "DeepSpeed has replaced it by `offload_optimizer`",
+    "cpu_offload_param": "DeepSpeed has replaced it by `offload_param`",
+    "cpu_offload_use_pin_memory": "DeepSpeed has replaced it by `pin_memory` of `offload_param`",
+    "stage3_gather_fp16_weights_on_model_save": "nothing is saved through DeepSpeed; remove it",
+}
+_STAGES = (2, 3)
+
+
+def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize`` of a run on ``world_size`` ranks that computes in ``dtype``.
+
+    ``config.deepspeed`` is a path, or the name of a file in ds_configs/. Batch sizes, clipping and precision belong to
+    the run: where the JSON has "auto" or nothing they are filled in, where it has a value it must be the run's.
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``, as resolved for the device.
+
+    Raises:
+        UserError: with every problem at once: an unreadable file, a key that is unknown or refused, a value that
+            DeepSpeed does not take or that contradicts the run, an "auto" that nothing fills, a batch that cannot be
+            split.
+    """
+    assert world_size > 0 and dtype in ("float32", "bfloat16"), (world_size, dtype)
+    path = _find_json(config.deepspeed)
+    resolved, problems = _read_json(path)
+    problems += _key_problems(resolved)
+    problems += _fill(resolved, _values_of_run(config, world_size, dtype))
+    problems += [f'`{name}` is "auto", but the run has no value for it; give one' for name in _autos(resolved)]
+    problems += _zero_problems(resolved, world_size)
+    problems = _batch_problems(config, world_size) + [f"{path}: {problem}" for problem in problems]
+    if problems:
+        raise UserError(problems)
+    return resolved
+
+
+def _find_json(name: str) -> Path:
+    """The file that ``name`` means: a path, or a file of the repository's ds_configs/."""
+    folder = Path(qvtune.__file__).parents[2] / "ds_configs"
+    for path in (Path(name), folder / name):
+        if path.is_file():
+            return path
+    there = sorted(file.name for file in folder.glob("*.json"))
+    hint = suggestion(closest(name, there), there) if there else f"and there is no folder {folder}"
+    raise UserError(f"`deepspeed` is {name!r}: neither a file nor the name of one in ds_configs/; {hint}")
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The object in ``path``, and a problem for each key that stands twice."""
+    problems: list[str] = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        problems.extend(f"`{key}` is set twice; keep one" for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=to_dict)
+    except OSError as error:
+        raise UserError(f"{path}: the DeepSpeed configuration cannot be read ({error.strerror})") from error
+    except ValueError as error:  # also what a file that is not UTF-8 raises
+        raise UserError(f"{path}: the DeepSpeed configuration is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: the DeepSpeed configuration must be a JSON object, not a {type(content).__name__}")
+    return content, problems
+
+
+def _key_problems(resolved: dict[str, Any]) -> list[str]:
+    """Refused and unknown keys; a block that is no object is reported and then taken as empty."""
+    problems = [f"`{key}` is refused: {reason}" for key, reason in _REFUSED.items() if key in resolved]
+    for block in ("bf16", "data_types", "zero_optimization"):
+        if not isinstance(resolved.setdefault(block, {}), dict):
+            problems.append(f"`{block}` is {resolved[block]!r}; it must be an object of settings")
+            resolved[block] = {}
+    for block, allowed in ALLOWED_KEYS.items():
+        prefix = f"{block}." if block else ""
+        keys = resolved[block] if block else [key for key in resolved if key not in _REFUSED]
+        unknown = [key for key in keys if key not in allowed]
+        problems += [
+            f"`{prefix}{key}` is not a setting; {suggestion(closest(key, allowed), allowed)}" for key in unknown
+        ]
+    return problems
+
+
+def _values_of_run(config: RunConfig, world_size: int, dtype: str) -> dict[tuple[str, str], tuple[Any, str]]:
+    """(block, key) -> value that the run has for it, and what gives it that value."""
+    train = config.train
+    accumulation = max(1, train.global_batch_size // (train.micro_batch_size * world_size))
+    return {
+        ("", "train_batch_size"): (train.global_batch_size, "train.global_batch_size"),
+        ("", "train_micro_batch_size_per_gpu"): (train.micro_batch_size, "train.micro_batch_size"),
+        ("", "gradient_accumulation_steps"): (
+            accumulation,
+            f"train.global_batch_size / (train.micro_batch_size x {world_size} ranks)",
+        ),
+        ("", "gradient_clipping"): (config.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
+        ("bf16", "enabled"): (dtype == "bfloat16", f"computing in {dtype} (model.dtype: {config.model.dtype})"),
+    }
+
+
+def _fill(resolved: dict[str, Any], values: Mapping[tuple[str, str], tuple[Any, str]]) -> list[str]:
+    """Sets what is "auto" or not there; returns a problem for each value that is not the run's."""
+    problems = []
+    for (block, key), (value, origin) in values.items():
+        section = resolved[block] if block else resolved
+        found = section.setdefault(key, "auto")
+        if found == "auto":
+            section[key] = value
+        elif found != value:
+            name = f"{block}.{key}" if block else key
+            problems.append(
+                f"`{name}` is {json.dumps(found)}, but the run has {json.dumps(value)} from {origin}; "
+                f'write "auto", or make the two equal'
+            )
+    return problems
+
+
+def _autos(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of what is still "auto"."""
+    if value == "auto":
+        yield name
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _autos(item, f"{name}.{key}" if name else key)
+
+
+def _zero_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
+    """What DeepSpeed would refuse, ignore or take as something else in zero_optimization."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: importing DeepSpeed takes seconds
+
+    zero = resolved["zero_optimization"]
+    stage = zero.get("stage")
+    problems = [f"`zero_optimization.{key}` is refused: {_REFUSED_ZERO[key]}" for key in zero if key in _REFUSED_ZERO]
+    if stage not in _STAGES:
+        found = f"is {json.dumps(stage)}" if "stage" in zero else "is not set"
+        allowed = "allowed: 3 (base, gradients and optimizer sharded), 2 (base whole on every rank)"
+        problems.append(f"`zero_optimization.stage` {found}; {allowed}")
+    try:
+        current = {key: value for key, value in zero.items() if key not in _REFUSED_ZERO}
+        DeepSpeedZeroConfig(**{**current, "stage": stage if stage in _STAGES else 3})
+    except ValidationError as error:
+        problems += [describe(detail, DeepSpeedZeroConfig, ("zero_optimization",)) for detail in error.errors()]
+    if stage == 2:
+        idle = [key for key in zero if key.startswith("stage3_") or key in ("offload_param", "zero_hpz_partition_size")]
+        problems += [f"`zero_optimization.{key}` has no effect at stage 2; remove it, or use stage 3" for key in idle]
+    return problems + _placement_problems(resolved, world_size)
+
+
+def _placement_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
+    """Values of zero_optimization that do not go with the number of ranks or with the optimizer."""
+    zero = resolved["zero_optimization"]
+    problems = []
+    node_size = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(node_size, int) and node_size > 1 and world_size % min(node_size, world_size):
+        problems.append(
+            f"`zero_optimization.zero_hpz_partition_size` is {node_size}, which does not divide {world_size} ranks; "
+            "set it to the number of GPUs a node, or use zero3.json"
+        )
+    offload = zero.get("offload_optimizer")
+    device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+    if device != "none" and resolved.get("zero_force_ds_cpu_optimizer") is not False:
+        problems.append(
+            f'`zero_optimization.offload_optimizer.device` is "{device}": add `"zero_force_ds_cpu_optimizer": false`, '
+            "because the optimizer is torch's AdamW and DeepSpeed would insist on its own"
+        )
+    return problems
+
+
+def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Whether an optimizer step is a whole number of micro-batches on every rank, and if not, what would be."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    rows = micro * world_size
+    if batch % rows == 0:
+        return []
+    ways = []
+    if batch % world_size == 0:
+        ways.append(f"with {world_size} ranks `train.micro_batch_size` may be {_divisors(batch // world_size)}")
+    if batch % micro == 0:
+        ways.append(f"with `train.micro_batch_size={micro}` the number of ranks may be {_divisors(batch // micro)}")
+    near = [size for size in (batch - batch % rows, batch - batch % rows + rows) if size]
+    ways.append(f"or set `train.global_batch_size` to {' or '.join(map(str, near))}")
+    return [
+        f"`train.global_batch_size` is {batch}, which cannot be split into micro-batches of {micro} on {world_size} "
+        f"ranks ({batch} / {rows} is not whole); {'; '.join(ways)}"
+    ]
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -1,0 +1,148 @@
+"""A run's configuration: a YAML file, then ``section.key=value`` overrides, then the schema."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from qvtune.config.problems import describe, section_type
+from qvtune.config.schema import RunConfig
+from qvtune.errors import UserError
+
+# Where a setting was written, by its path: "recipe.yaml, line 12" or "command line, `train.seed=1`".
+Places = dict[tuple[str, ...], str]
+
+_SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_type(field.annotation)]
+# Prefixes of settings that are mappings with free keys, e.g. "optimizer.lr_multipliers.".
+_MAPPINGS = [
+    f"{name}.{key}."
+    for name in _SECTIONS
+    for key, field in (section_type(RunConfig.model_fields[name].annotation) or RunConfig).model_fields.items()
+    if get_origin(field.annotation) is dict
+]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by the YAML file ``path`` and by ``overrides`` of the form ``section.key=value``.
+
+    A value is read as YAML, so ``train.max_steps=null`` clears a setting; a later override wins. The key ends at the
+    first ``=``. One entry of a mapping is set by ``optimizer.lr_multipliers.PATTERN=NUMBER``: there the key ends at the
+    *last* ``=`` and everything before it is the pattern, dots and ``=`` included. A replaced entry keeps its place in
+    the order of patterns, a new one comes last.
+
+    Raises:
+        UserError: with every problem of the file, the overrides and the values at once.
+    """
+    tree, places, problems = _read_yaml(path)
+    for override in overrides:
+        problems += _apply(override, tree, places)
+    for name in _SECTIONS:
+        if tree.get(name) is None:  # a heading with nothing under it: all defaults
+            tree[name] = {}
+    problems += _length_problems(tree["train"], places)
+    config = None
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        details = [detail for detail in error.errors() if detail["type"] != "one_length"]  # said above, with places
+        problems += [f"{_place(detail['loc'], places)}: {describe(detail, RunConfig)}" for detail in details]
+    if problems:
+        raise UserError(problems)
+    assert config is not None
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """``config`` as YAML with every default written out; ``load_config`` of it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
+    """The mapping in ``path``, where each key stands, and duplicated keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        beside = sorted(file.name for file in path.parent.glob("*.y*ml"))
+        there = f"; files there: {', '.join(beside)}" if beside else ""
+        raise UserError(f"{path}: the configuration cannot be read ({error.strerror}){there}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: e.g. the date 2024-99-99
+        raise UserError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds {_kind(tree)}; it must hold sections, e.g. `train: {{max_steps: 100}}`")
+    places: Places = {(): str(path)}
+    assert isinstance(node, yaml.MappingNode)
+    return tree, places, _record_keys(node, (), path, places)
+
+
+def _record_keys(node: yaml.MappingNode, parents: tuple[str, ...], path: Path, places: Places) -> list[str]:
+    """Notes the line of each key in ``places``; returns a problem for each key that stands twice in its section."""
+    problems: list[str] = []
+    for key_node, value_node in node.value:
+        key = (*parents, str(key_node.value))
+        place = f"{path}, line {key_node.start_mark.line + 1}"
+        if key in places:
+            problems.append(f"{place}: `{'.'.join(key)}` is set a second time (first: {places[key]}); keep one")
+        places[key] = place
+        if isinstance(value_node, yaml.MappingNode):
+            problems += _record_keys(value_node, key, path, places)
+    return problems
+
+
+def _apply(override: str, tree: dict[str, Any], places: Places) -> list[str]:
+    """Sets one ``section.key=value`` in ``tree`` and notes it in ``places``; returns what is wrong with it."""
+    place = f"command line, `{override}`"
+    mapping = next((prefix for prefix in _MAPPINGS if override.startswith(prefix)), None)
+    name, equals, text = override.rpartition("=") if mapping else override.partition("=")
+    key = tuple([*mapping.rstrip(".").split("."), name.removeprefix(mapping)] if mapping else name.split("."))
+    if not equals or not all(key):
+        return [f"{place}: not of the form section.key=value, e.g. `train.max_steps=100`"]
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        return [f"{place}: the value is not YAML ({reason}); put text in quotes, e.g. {name}='\"...\"'"]
+    section = tree
+    for depth, part in enumerate(key[:-1], start=1):
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            return [f"{place}: `{'.'.join(key[:depth])}` is {section!r} and has no keys of its own"]
+    section[key[-1]] = value
+    for stale in [other for other in places if other[: len(key)] == key]:
+        del places[stale]
+    places[key] = place
+    return []
+
+
+def _length_problems(train: Any, places: Places) -> list[str]:
+    """Whether exactly one of max_steps and epochs is set, and if not, how to put it right."""
+    if not isinstance(train, dict):
+        return []  # reported by the schema
+    given = [key for key in ("max_steps", "epochs") if train.get(key) is not None]
+    if len(given) == 1:
+        return []
+    if not given:
+        train_place = _place(("train",), places)
+        return [f"{train_place}: neither `train.max_steps` nor `train.epochs` is set; give one, e.g. `train.epochs=1`"]
+    where = {key: _place(("train", key), places) for key in given}
+    # What was typed just now is meant; what the file says is in its way.
+    clear = next((key for key in given if not where[key].startswith("command line")), given[0])
+    settings = " and ".join(f"`train.{key}` = {train[key]!r} ({where[key]})" for key in given)
+    return [f"{settings} are both set; only one may be: clear the other, e.g. with `train.{clear}=null`"]
+
+
+def _place(location: Sequence[str | int], places: Mapping[tuple[str, ...], str]) -> str:
+    """Where the setting at ``location``, or else the section around it, was written."""
+    path = tuple(str(part) for part in location)
+    return next(places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in places)
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

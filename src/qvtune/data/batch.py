@@ -1,0 +1,105 @@
+"""Packed rows -> tensors. B: rows of the micro-batch, T: tokens a row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+import numpy as np
+import torch
+
+from qvtune.data import IGNORE_INDEX
+from qvtune.data.packing import PackedRow
+
+LENGTH_MULTIPLE = 8  # of T: matrix units work on tiles, and fewer distinct shapes fragment the memory less
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: [B, T] int64 tensors, and where documents begin for kernels of variable length.
+
+    ``labels[b, t]`` is the id that position t must predict, IGNORE_INDEX at a document's last token and wherever there
+    is no loss: the loss does not shift. ``position_ids`` count from 0 in each document. ``cu_seqlens`` [documents + 1]
+    int32 are offsets into the B*T flattened tokens; the padding of a row is a document of its own, so the last entry is
+    B*T. ``max_seqlen`` is the longest document's length.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Positions that have a loss. Waits for the device."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch with its tensors on ``device``."""
+        return type(self)(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.position_ids.to(device),
+            self.cu_seqlens.to(device),
+            self.max_seqlen,
+        )
+
+
+def collate(rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
+    """Stack rows, padded at the right to the longest of them rounded up to LENGTH_MULTIPLE."""
+    length = _round_up(max(len(row.input_ids) for row in rows))
+    input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    segments: list[int] = []
+    for index, row in enumerate(rows):
+        num_tokens = len(row.input_ids)
+        assert row.document_lengths.sum() == num_tokens
+        input_ids[index, :num_tokens] = row.input_ids
+        labels[index, : num_tokens - 1] = row.labels[1:]
+        labels[index, np.cumsum(row.document_lengths) - 1] = IGNORE_INDEX
+        segments.extend(row.document_lengths.tolist())
+        if num_tokens < length:
+            segments.append(length - num_tokens)
+    return _with_segments(input_ids, labels, segments)
+
+
+def separate(batch: Batch) -> Batch:
+    """Return the same documents, one a row: what packing must not change the loss of.
+
+    Documents without a label, such as padding, are left out: they have no loss. Padded with token 0.
+    """
+    bounds = batch.cu_seqlens.tolist()
+    ids, labels = batch.input_ids.flatten().cpu().numpy(), batch.labels.flatten().cpu().numpy()
+    rows = [
+        PackedRow(
+            input_ids=ids[start:end].astype(np.int32),
+            labels=np.concatenate(([IGNORE_INDEX], labels[start : end - 1])).astype(np.int32),
+            document_lengths=np.array([end - start], dtype=np.int32),
+        )
+        for start, end in pairwise(bounds)
+        if (labels[start:end] != IGNORE_INDEX).any()
+    ]
+    assert rows, "a batch without labels has nothing to compare"
+    return collate(rows, pad_token_id=0).to(batch.input_ids.device)
+
+
+def empty_batch(pad_token_id: int) -> Batch:
+    """Return one row of padding, for a rank that has no rows left while others still need its part of the model."""
+    input_ids = np.full((1, LENGTH_MULTIPLE), pad_token_id, dtype=np.int64)
+    return _with_segments(input_ids, np.full_like(input_ids, IGNORE_INDEX), [LENGTH_MULTIPLE])
+
+
+def _with_segments(input_ids: np.ndarray, labels: np.ndarray, segments: Sequence[int]) -> Batch:
+    position_ids = np.concatenate([np.arange(segment, dtype=np.int64) for segment in segments])
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids.reshape(input_ids.shape)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *segments], dtype=np.int32)),
+        max_seqlen=max(segments),
+    )
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -1,0 +1,148 @@
+"""Tokenized and packed rows on disk: made once, then memory-mapped by every process."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from qvtune.config.schema import DataSection
+from qvtune.data import IGNORE_INDEX
+from qvtune.data.packing import PackedRow, pack
+from qvtune.data.rows import BadRowError, BadRows, file_sha256, read_rows
+from qvtune.data.storage import new_folder
+from qvtune.data.tokenize import FIXED_DATE, tokenize_row
+from qvtune.errors import UserError
+
+CACHE_VERSION = 1  # raise it whenever the same rows would give other tokens, labels or columns
+ROWS_FILE, COUNTS_FILE = "rows.arrow", "counts.json"
+LISTS = ("input_ids", "labels", "document_lengths")
+FEATURES = Features(
+    {name: List(Value("int32")) for name in LISTS} | {"num_tokens": Value("int64"), "num_label_tokens": Value("int64")}
+)
+
+
+class TokenRows:
+    """Read-only packed rows, memory-mapped from ``folder``; only the per-row counts are held in memory.
+
+    ``num_tokens`` and ``num_label_tokens`` are [rows] int64. Over all rows: ``num_documents`` are in them,
+    ``num_skipped`` bad rows of the file were left out, ``num_dropped`` documents had no label within max_length and are
+    not in them, ``num_truncated`` are in them with their end cut off.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        counts = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
+        self.num_documents: int = counts["num_documents"]
+        self.num_skipped: int = counts["num_skipped"]
+        self.num_dropped: int = counts["num_dropped"]
+        self.num_truncated: int = counts["num_truncated"]
+        self._table = Dataset.from_file(str(folder / ROWS_FILE)).with_format("arrow")
+        self.num_tokens: NDArray[np.int64] = self._table.data.column("num_tokens").to_numpy()
+        self.num_label_tokens: NDArray[np.int64] = self._table.data.column("num_label_tokens").to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> PackedRow:
+        row = self._table[int(index)]
+        return PackedRow(*(row.column(name)[0].values.to_numpy() for name in LISTS))
+
+
+def build_token_rows(
+    path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> TokenRows:
+    """Return the rows of a JSONL file, from ``cache_dir`` if the same file was tokenized in the same way before.
+
+    ``setting`` names the file in messages (``data.train``, ``data.eval``). Raises UserError for a file, rows or a
+    tokenizer that cannot be used; then nothing is left in the cache.
+    """
+    folder = cache_dir / _fingerprint(path, setting, config, tokenizer)
+    if not folder.is_dir():
+        documents, counts = _tokenize_file(path, setting, config, tokenizer)
+        lengths = [len(document) for document, _ in documents]
+        groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
+        with new_folder(folder) as private:
+            _write_rows(private / ROWS_FILE, documents, groups)
+            (private / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    return TokenRows(folder)
+
+
+IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
+
+
+def _tokenize_file(
+    path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[IdsAndLabels], dict[str, int]]:
+    rows, num_skipped = read_rows(path, config.format, config.on_bad_row, setting)
+    refused = BadRows(path, setting, config.on_bad_row)
+    documents: list[IdsAndLabels] = []
+    num_dropped = num_truncated = 0
+    for row in rows:
+        try:
+            document = tokenize_row(row, tokenizer, config.max_length)
+        except BadRowError as reason:
+            refused.add(row.line, reason)
+            continue
+        if document is None:
+            num_dropped += 1
+        else:
+            num_truncated += document.truncated
+            documents.append((np.array(document.ids, np.int32), np.array(document.labels, np.int32)))
+    refused.check(len(rows) - refused.count)
+    if not documents:
+        raise UserError(
+            f"{setting}: no row of {path} has anything to learn within its first data.max_length={config.max_length} "
+            "tokens. Raise data.max_length."
+        )
+    counts = {
+        "num_documents": len(documents),
+        "num_skipped": num_skipped + refused.count,
+        "num_dropped": num_dropped,
+        "num_truncated": num_truncated,
+    }
+    return documents, counts
+
+
+def _write_rows(path: Path, documents: Sequence[IdsAndLabels], groups: Sequence[Sequence[int]]) -> None:
+    with ArrowWriter(path=str(path), features=FEATURES) as writer:
+        for group in groups:
+            input_ids = np.concatenate([documents[index][0] for index in group])
+            labels = np.concatenate([documents[index][1] for index in group])
+            writer.write(
+                {
+                    "input_ids": input_ids,
+                    "labels": labels,
+                    "document_lengths": np.array([len(documents[index][0]) for index in group], np.int32),
+                    "num_tokens": len(input_ids),
+                    "num_label_tokens": int((labels != IGNORE_INDEX).sum()),
+                }
+            )
+        writer.finalize()
+
+
+def _fingerprint(path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash all that decides the content of the rows."""
+    parts = {
+        "version": CACHE_VERSION,
+        "template_date": FIXED_DATE,
+        "file": file_sha256(path, setting),
+        "tokenizer": _tokenizer_definition(tokenizer),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "config": config.model_dump(include={"format", "max_length", "packing", "on_bad_row"}),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if not tokenizer.is_fast:
+        return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left behind by whoever used the tokenizer last; tokenize_row sets its own.
+    return {key: value for key, value in definition.items() if key not in ("truncation", "padding")}

@@ -1,0 +1,16 @@
+"""Where things lie on this machine."""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """What can be made again: the converted demo model, tokenized data. ``QVTUNE_CACHE``, else the user's cache folder."""
+    if chosen := os.environ.get("QVTUNE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvtune"
+
+
+def repository() -> Path:
+    """The checkout this package runs from (it is installed with ``pip install -e``)."""
+    return Path(__file__).parents[2]

@@ -1,0 +1,49 @@
+"""metrics.jsonl: what happened in a run, one JSON object a line."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends events to ``run_dir/metrics.jsonl`` and step and eval scalars to TensorBoard. For rank 0 alone."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        # Steps that a crash cut off are run again: TensorBoard forgets their first values.
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line, on disk when this returns: {"event", "time" (seconds since 1970), ...fields}."""
+        self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
+        self._file.flush()
+        if event in ("step", "eval"):
+            self._to_board(event, fields)
+
+    def _to_board(self, event: str, fields: dict[str, Any]) -> None:
+        step = fields["step"]
+        for key, value in fields.items():
+            for name, scalar in value.items() if isinstance(value, dict) else [("", value)]:
+                if key != "step":
+                    tag = f"{event}/{key}/{name}".rstrip("/")
+                    self._board.add_scalar(tag, scalar, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def read_metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:
+    """The events of one kind in order; of a step that was run twice (crash, resume) the last."""
+    events: dict[Any, dict[str, Any]] = {}
+    for number, line in enumerate((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        entry = json.loads(line)
+        if entry["event"] == event:
+            key = entry["step"] if event in ("step", "eval", "checkpoint") else number
+            events.pop(key, None)
+            events[key] = entry
+    return list(events.values())

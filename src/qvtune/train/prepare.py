@@ -1,0 +1,164 @@
+"""From a configuration to everything the loop needs. All that can be wrong with it is found before anything is written."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvtune.adapters.projections import add_adapters, trainable
+from qvtune.base.attention import choose_attention, choose_dtype
+from qvtune.base.loader import LoadReport, check_tensors, fill
+from qvtune.base.model import build_skeleton, read_model_config
+from qvtune.base.shard import Whole, ZeroPartition
+from qvtune.base.source import model_folder, open_weights
+from qvtune.checkpoint import state as checkpoint_state
+from qvtune.checkpoint.state import TrainerState
+from qvtune.cluster import distributed
+from qvtune.config.deepspeed import resolve_deepspeed
+from qvtune.config.schema import DataSection, RunConfig
+from qvtune.data.dataset import TokenRows, build_token_rows
+from qvtune.data.demo import demo_files
+from qvtune.errors import UserError
+from qvtune.optim.groups import assert_multipliers, parameter_groups
+from qvtune.paths import cache_dir
+from qvtune.report.console import console
+from qvtune.train.objective import CausalLMObjective
+from qvtune.train.run_folder import find_resume, open_run_folder, trajectory_settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked and has not begun."""
+
+    folder: Path
+    attention: str
+    dtype: torch.dtype
+    deepspeed_config: dict[str, Any]
+    resume: Path | None
+    rows: TokenRows
+    eval_rows: TokenRows | None
+    pad_token_id: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step."""
+
+    engine: Any
+    plan: Plan
+    run_dir: Path
+    state: TrainerState
+    load: LoadReport
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check everything; collective. Raises UserError on all ranks, with nothing written but caches."""
+    with distributed.together():
+        dtype, dtype_reason = choose_dtype(config.model.dtype)
+        attention, attention_reason = choose_attention(config.model.attention, dtype)
+        deepspeed_config = resolve_deepspeed(config, distributed.world_size(), str(dtype).removeprefix("torch."))
+        resume = find_resume(config)
+    folder = distributed.once_per_host(lambda: model_folder(config.model.name_or_path, cache_dir()))
+    with distributed.together():
+        _check_model(folder, config, dtype)
+        tokenizer = _tokenizer(folder, config)
+    rows = _rows(config.data.train, "data.train", config.data, tokenizer)
+    eval_rows = None if config.data.eval is None else _rows(config.data.eval, "data.eval", config.data, tokenizer)
+    if distributed.is_main():
+        out = console()
+        out.print(f"compute in {dtype} ({dtype_reason}); attention {attention} ({attention_reason})")
+        out.print(f"data: {rows.num_documents} documents in {len(rows)} rows, {int(rows.num_tokens.sum())} tokens")
+    max_steps = config.train.max_steps
+    if max_steps is None:
+        assert config.train.epochs is not None
+        max_steps = max(1, math.ceil(config.train.epochs * len(rows) / config.train.global_batch_size))
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Plan(folder, attention, dtype, deepspeed_config, resume, rows, eval_rows, pad_token_id, max_steps)
+
+
+def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
+    """Weights against architecture, and groups against projections, on a skeleton without memory."""
+    model_config = read_model_config(folder, config.model)
+    skeleton = build_skeleton(model_config, config.model, dtype, attention="sdpa")
+    check_tensors(skeleton, open_weights(folder))
+    adapted = add_adapters(skeleton, config.adapter, str(folder), config.train.seed)
+    parameter_groups(trainable(adapted), config.optimizer)
+
+
+def _tokenizer(folder: Path, config: RunConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer that can be loaded ({error}) (model.name_or_path)") from error
+
+
+def _rows(path: str, setting: str, data: DataSection, tokenizer: Any) -> TokenRows:
+    def build() -> TokenRows:
+        files = demo_files(cache_dir()) if path == "demo" else (Path(path), Path(path))
+        file = files[0] if setting == "data.train" else files[1]
+        return build_token_rows(file, setting, data, tokenizer, cache_dir() / "tokens")
+
+    return distributed.once_per_host(build)
+
+
+def prepare(config: RunConfig) -> Run:
+    """Load the base, add adapters, start DeepSpeed, go on from a checkpoint if there is one; collective."""
+    planned = plan(config)
+    run_dir = open_run_folder(config, planned.resume, planned.deepspeed_config)
+    model, load = _load_model(config, planned)
+    if planned.resume is not None:
+        checkpoint_state.load_adapter(planned.resume, model)
+        state = checkpoint_state.load_trainer_state(planned.resume)
+    else:
+        state = TrainerState(trajectory=trajectory_settings(config))
+    engine = _start_engine(model, config, planned)
+    if planned.resume is not None:
+        checkpoint_state.load_optimizer(planned.resume, engine, state.step)
+    return Run(engine, planned, run_dir, state, load)
+
+
+def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport]:
+    model_config = read_model_config(planned.folder, config.model)
+    skeleton = build_skeleton(model_config, config.model, planned.dtype, planned.attention)
+    if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
+        placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
+        gather = distributed.gather_tensor
+    else:
+        placement, gather = Whole(distributed.device()), lambda own: [own]
+    load = fill(skeleton, open_weights(planned.folder), placement, planned.dtype, gather)
+    model = add_adapters(skeleton, config.adapter, str(planned.folder), config.train.seed)
+    if config.train.activation_checkpointing:
+        skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model, load
+
+
+def _start_engine(model: nn.Module, config: RunConfig, planned: Plan) -> Any:
+    """The DeepSpeed engine around the objective, its groups proved."""
+    import deepspeed
+
+    section = config.optimizer
+    groups = parameter_groups(trainable(model), section)
+    optimizer = torch.optim.AdamW(
+        # DeepSpeed rewrites the dictionaries it gets; ours stay as they were built.
+        [dict(group) for group in groups], lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+    )
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(
+        model=CausalLMObjective(model), optimizer=optimizer, config=planned.deepspeed_config, dist_init_required=False
+    )
+    # Under bf16 some stages cast buffers as well; rotary frequencies and NF4 offsets must stay as they were.
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, buffers[name].to(buffer.device))
+    assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
+    if distributed.is_main():
+        for group in groups:
+            count = sum(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel() for parameter in group["params"])
+            console().print(f"group {group['name']}: {count:,} parameters, lr {group['initial_lr']:g} (x{group['multiplier']:g})")
+    return engine

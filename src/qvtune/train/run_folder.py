@@ -1,0 +1,134 @@
+"""The run folder: whether a run starts there anew or goes on, and the record of what was run."""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvtune.checkpoint import folder as checkpoint_folder
+from qvtune.checkpoint.folder import write_json
+from qvtune.checkpoint.state import load_trainer_state
+from qvtune.cluster import distributed
+from qvtune.config.load import dump_config
+from qvtune.config.schema import RunConfig
+from qvtune.errors import UserError
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "flash-attn", "safetensors", "numpy")
+# What may change between the parts of one run. Everything else decides which losses come out.
+_FREE_SETTINGS = {
+    "": {"run_dir", "deepspeed", "checkpoint"},
+    "train": {"max_steps", "epochs", "micro_batch_size", "eval_every", "save_every", "stop_after_step", "activation_checkpointing"},
+    "model": {"attention"},
+    "data": {"eval"},
+}
+
+
+def trajectory_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide a run's losses, as plain JSON values."""
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_SETTINGS[""])
+    return {
+        section: {key: value for key, value in values.items() if key not in _FREE_SETTINGS.get(section, ())}
+        if isinstance(values, dict)
+        else values
+        for section, values in settings.items()
+    }
+
+
+def find_resume(config: RunConfig) -> Path | None:
+    """The checkpoint this run goes on from, verified; None for a new run.
+
+    Raises UserError when ``checkpoint.resume: always`` finds none, when the checkpoint is damaged, and when it was made
+    with settings that lead elsewhere.
+    """
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir: {run_dir} is a file; give a folder")
+    if config.checkpoint.resume == "never":
+        return None
+    found = checkpoint_folder.newest(run_dir / "checkpoints")
+    if found is None:
+        if config.checkpoint.resume == "always":
+            raise UserError(f"checkpoint.resume: always, but {run_dir / 'checkpoints'} holds no checkpoint")
+        return None
+    checkpoint_folder.verify(found)
+    differences = _differences(load_trainer_state(found).trajectory, trajectory_settings(config))
+    if differences:
+        raise UserError(
+            [
+                *differences,
+                f"{found} was made with other settings: set them back, choose another run_dir, or start anew with "
+                "checkpoint.resume=never (the old run is moved aside)",
+            ]
+        )
+    return found
+
+
+def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    problems = []
+    for key in sorted(stored.keys() | now.keys()):
+        before, after = stored.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            problems += _differences(before, after, f"{where}{key}.")
+        elif before != after:
+            problems.append(f"{where}{key}: {after!r} now, {before!r} in the checkpoint")
+    return problems
+
+
+def open_run_folder(config: RunConfig, resume: Path | None, deepspeed_config: dict[str, Any]) -> Path:
+    """Create the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
+
+    An earlier run in the place of a new one is renamed to ``run_dir.1``, ``.2``, ... and kept.
+    """
+    run_dir = Path(config.run_dir)
+    hosts = distributed.gather_objects(socket.gethostname())
+    if distributed.is_main():
+        if resume is None and run_dir.exists() and any(run_dir.iterdir()):
+            aside = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+            os.rename(run_dir, aside)
+            print(f"an earlier run was in {run_dir}; it is now {aside}", flush=True)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoint_folder.remove_unfinished(run_dir / "checkpoints")
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_json(run_dir / "deepspeed.json", deepspeed_config)
+        write_json(run_dir / "environment.json", environment(hosts))
+    distributed.barrier()
+    return run_dir
+
+
+def environment(hosts: list[str]) -> dict[str, Any]:
+    """Versions, commit, command line and machines of this start."""
+    return {
+        "packages": {name: _version(name) for name in ("qvtune", *_PACKAGES)},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "argv": sys.argv,
+        "hosts": hosts,
+        "world_size": distributed.world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "torch_num_threads": torch.get_num_threads(),
+        "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The source's commit, with ``-dirty`` when files differ from it; None outside a repository."""
+    described = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None if described.returncode == 0 else None

@@ -1,0 +1,143 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qvtune.config.schema import DataSection
+from qvtune.data import IGNORE_INDEX
+from qvtune.data import dataset as dataset_module
+from qvtune.data.batch import collate
+from qvtune.data.dataset import TokenRows, build_token_rows
+from qvtune.data.rows import TextRow
+from qvtune.data.tokenize import tokenize_row
+from qvtune.errors import UserError
+
+WriteJsonl = Callable[..., Path]
+PAIRS = [{"prompt": "hello", "completion": " world" * count} for count in (3, 1, 8, 2, 5, 1)]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., TokenRows]:
+    def build_rows(path: Path, **settings: Any) -> TokenRows:
+        config = DataSection.model_validate({"max_length": 16, **settings})
+        return build_token_rows(path, "data.train", config, tokenizer, tmp_path / "cache")
+
+    return build_rows
+
+
+def documents_of(rows: TokenRows) -> list[tuple[list[int], list[int]]]:
+    documents = []
+    for index in range(len(rows)):
+        row = rows[index]
+        bounds = np.cumsum(row.document_lengths)[:-1]
+        for ids, labels in zip(np.split(row.input_ids, bounds), np.split(row.labels, bounds), strict=True):
+            documents.append((ids.tolist(), labels.tolist()))
+    return documents
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_hold_every_document_whole(
+    packing: bool, build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = build(write_jsonl(*PAIRS), packing=packing)
+    expected = [tokenize_row(TextRow(1, **pair), tokenizer, 16) for pair in PAIRS]
+    documents = [(document.ids, document.labels) for document in expected if document is not None]
+    assert sorted(documents_of(rows)) == sorted(documents)
+    assert (rows.num_documents, rows.num_skipped, rows.num_dropped, rows.num_truncated) == (6, 0, 0, 0)
+    assert len(rows) < 6 if packing else len(rows) == 6
+    assert packing or documents_of(rows) == documents
+
+
+def test_counts_a_row_are_those_of_the_loss(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
+    rows = build(write_jsonl({"prompt": "", "completion": "hello"}, *PAIRS))
+    for index in range(len(rows)):
+        assert rows.num_tokens[index] == len(rows[index].input_ids) <= 16
+        assert rows.num_label_tokens[index] == collate([rows[index]], 0).num_label_tokens
+    assert rows.num_tokens.dtype == rows.num_label_tokens.dtype == np.int64
+    assert rows[0].input_ids.dtype == rows[0].labels.dtype == rows[0].document_lengths.dtype == np.int32
+
+
+def test_skipped_dropped_and_truncated_are_counted(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
+    long_prompt = {"prompt": "hello " * 20, "completion": "x"}
+    long_completion = {"prompt": "hello", "completion": " world" * 20}
+    rows = build(write_jsonl(*PAIRS, "not JSON", long_prompt, long_completion), on_bad_row="skip")
+    assert (rows.num_documents, rows.num_skipped, rows.num_dropped, rows.num_truncated) == (7, 1, 1, 1)
+
+
+def test_rows_that_the_template_refuses_count_as_bad(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ '<|im_start|>' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_jsonl({"messages": turns}, {"messages": [{"role": "system", "content": "s"}, *turns]})
+    with pytest.raises(UserError) as caught:
+        build(path)
+    assert caught.value.problems[0] == f"{path}:2: the tokenizer's chat template refuses it: no system role."
+    assert build(path, on_bad_row="skip").num_skipped == 1
+
+
+def test_the_second_time_nothing_is_tokenized(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(*PAIRS)
+    first = build(path)
+    monkeypatch.setattr(dataset_module, "read_rows", None)
+    second = build(path)
+    assert documents_of(first) == documents_of(second)
+    assert np.array_equal(first.num_label_tokens, second.num_label_tokens)
+
+
+def test_whatever_changes_the_rows_changes_the_cache_folder(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = write_jsonl(*PAIRS)
+    build(path)
+    build(path, packing=False)
+    build(path, max_length=17)
+    build(path, format="prompt_completion")
+    build(path, on_bad_row="skip")
+    tokenizer.add_tokens(["hello world"])
+    build(path)
+    tokenizer.eos_token = "<|endoftext|>"
+    build(path)
+    tokenizer.chat_template = "{{ messages }}"
+    build(path)
+    build(write_jsonl(*PAIRS[1:]))
+    assert len(list((tmp_path / "cache").iterdir())) == 9
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)  # leaves its settings in the tokenizer
+    build(path)
+    assert len(list((tmp_path / "cache").iterdir())) == 9
+
+
+def test_an_error_leaves_nothing_behind(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl:1: not JSON"):
+        build(write_jsonl("x"))
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(dataset_module, "pack", lambda *_: [[0], [10_000]])  # fails when the first row is written
+    with pytest.raises(IndexError):
+        build(write_jsonl(*PAIRS))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_nothing_to_learn_within_the_length(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
+    with pytest.raises(UserError, match=r"first data.max_length=16 tokens. Raise data.max_length"):
+        build(write_jsonl({"prompt": "hello " * 20, "completion": "x"}))
+
+
+def test_rows_are_views_of_the_file(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
+    row = build(write_jsonl(*PAIRS))[0]
+    assert not row.input_ids.flags.owndata
+    assert not row.input_ids.flags.writeable
+
+
+def test_labels_of_first_tokens_are_ignored(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
+    rows = build(write_jsonl(*[{"prompt": "", "completion": "hello"}] * 3))
+    assert all(labels[0] == IGNORE_INDEX for _, labels in documents_of(rows))

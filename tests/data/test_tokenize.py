@@ -1,0 +1,168 @@
+from typing import Any
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from qvtune.data import IGNORE_INDEX
+from qvtune.data.rows import BadRowError, ChatRow, TextRow
+from qvtune.data.tokenize import Document, tokenize_row
+from qvtune.errors import UserError
+
+LONG = 10_000
+
+
+def chat(*turns: str, first_reply: int = 0) -> ChatRow:
+    """Alternate user and assistant."""
+    roles = ("user", "assistant")
+    messages = tuple({"role": roles[index % 2], "content": text} for index, text in enumerate(turns))
+    return ChatRow(7, messages, first_reply)
+
+
+def tokenized(row: Any, tokenizer: PreTrainedTokenizerFast, max_length: int = LONG) -> Document:
+    document = tokenize_row(row, tokenizer, max_length)
+    assert document is not None
+    assert len(document.ids) == len(document.labels)
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(document.ids, document.labels, strict=True))
+    return document
+
+
+def learned_texts(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Decode each run of tokens that have a label."""
+    runs: list[list[int]] = [[]]
+    for label in document.labels:
+        if label == IGNORE_INDEX:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_learned_are_the_answers_with_their_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    document = tokenized(chat("hello", "world", "What?", "It does é 😀."), tokenizer)
+    assert tokenizer.decode(document.ids) == (
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+        "world<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nIt does é 😀.<|im_end|>\n"
+    )
+    assert learned_texts(document, tokenizer) == ["world<|im_end|>", "It does é 😀.<|im_end|>"]
+    assert not document.truncated
+
+
+def test_tokens_equal_those_of_apply_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = chat("What does it do?", "hello  world\n", "again", "  it says")
+    expected = tokenizer.apply_chat_template(list(row.messages), return_dict=False)
+    assert tokenized(row, tokenizer).ids == expected
+
+
+def test_context_replies_are_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    document = tokenized(chat("a", "context", "b", "learned", first_reply=3), tokenizer)
+    assert learned_texts(document, tokenizer) == ["learned<|im_end|>"]
+
+
+def test_an_answer_that_repeats_header_and_question_is_masked_by_place(tokenizer: PreTrainedTokenizerFast) -> None:
+    document = tokenized(chat("assistant", "assistant", "assistant"), tokenizer)
+    assert learned_texts(document, tokenizer) == ["assistant<|im_end|>"]
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_white_space_at_the_boundary(trim_offsets: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    document = tokenized(chat("hello", "   hello  world  "), tokenizer)
+    assert learned_texts(document, tokenizer) == ["   hello  world  <|im_end|>"]
+
+
+def test_without_an_end_token_the_line_breaks_that_end_the_turn_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    document = tokenized(chat("hello", "world", "hello"), tokenizer)
+    assert learned_texts(document, tokenizer) == [" world\n\n"]
+
+
+def test_a_token_across_the_boundary_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'assistantwor' if m['role'] == 'assistant' else '' }}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistantwor' }}{% endif %}"
+    )
+    tokenizer.add_tokens(["world"])
+    with pytest.raises(UserError, match="joins 'world' into one token"):
+        tokenize_row(chat("hello", "ld"), tokenizer, LONG)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ 'thinking' }}{% endif %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    assert learned_texts(tokenized(chat("hello", "world"), tokenizer), tokenizer) == ["thinkingworld"]
+    with pytest.raises(UserError, match="row in line 7, message 1") as caught:
+        tokenize_row(chat("hello", "world", "hello", "world"), tokenizer, LONG)
+    assert "chat_template.jinja" in str(caught.value)
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(BadRowError, match="chat template refuses it: roles must alternate"):
+        tokenize_row(chat("a", "b"), tokenizer, LONG)
+
+
+def test_templates_see_the_same_date_every_day(tokenizer: PreTrainedTokenizerFast) -> None:
+    expected = tokenized(chat("a", "b"), tokenizer)
+    tokenizer.chat_template = " {% if strftime_now is defined %}\n{{ strftime_now('%d %b %Y') }}{% endif %}" + str(
+        tokenizer.chat_template
+    )
+    document = tokenized(chat("a", "b"), tokenizer)
+    assert tokenizer.decode(document.ids) == "26 Jul 2024" + tokenizer.decode(expected.ids)
+
+
+@pytest.mark.parametrize("start", ["", "\n", " ", "\n\n  ", "  {% set x = 1 %}\n\n", "{%- set x = 1 %} "])
+def test_the_fixed_date_leaves_the_rest_of_the_template_alone(start: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = start + str(tokenizer.chat_template)
+    row = chat("a", "b")
+    expected = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
+    assert tokenizer.decode(tokenized(row, tokenizer).ids) == expected
+
+
+def test_a_tokenizer_without_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        tokenize_row(chat("a", "b"), tokenizer, LONG)
+
+
+def test_text_rows_are_prompt_completion_and_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    document = tokenized(TextRow(1, "hello", " world"), tokenizer)
+    prompt, completion = tokenizer("hello")["input_ids"], tokenizer(" world")["input_ids"]
+    assert document.ids == [*prompt, *completion, tokenizer.eos_token_id]
+    assert document.labels == [IGNORE_INDEX] * len(prompt) + [*completion, tokenizer.eos_token_id]
+
+
+def test_text_rows_begin_as_the_tokenizer_begins_and_end_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    end = "<|im_end|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<|im_start|> $A {end}", special_tokens=[("<|im_start|>", 1), (end, 2)]
+    )
+    document = tokenized(TextRow(1, "hello", " world"), tokenizer)
+    assert tokenizer.decode(document.ids) == "<|im_start|>hello world<|im_end|>"
+    assert learned_texts(document, tokenizer) == [" world<|im_end|>"]
+
+
+def test_an_empty_prompt_leaves_the_first_token_without_a_label(tokenizer: PreTrainedTokenizerFast) -> None:
+    document = tokenized(TextRow(1, "", "hello"), tokenizer)
+    assert document.labels == [IGNORE_INDEX, *document.ids[1:]]
+
+
+def test_text_rows_need_an_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no eos_token"):
+        tokenize_row(TextRow(1, "hello", " world"), tokenizer, LONG)
+
+
+def test_truncation_cuts_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = chat("hello", "What does it do?")
+    whole = tokenized(row, tokenizer)
+    first = next(index for index, label in enumerate(whole.labels) if label != IGNORE_INDEX)
+    assert tokenized(row, tokenizer, first + 2) == Document(whole.ids[: first + 2], whole.labels[: first + 2], True)
+    assert tokenized(row, tokenizer, len(whole.ids)) == whole
+    assert tokenize_row(row, tokenizer, first) is None
