@@ -17,7 +17,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher; LOCAL_RANK says it too
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # added by the deepspeed launcher; LOCAL_RANK says it too
     arguments = parser.parse_intermixed_args()
     return run_command(lambda: train_from_file(arguments.config, arguments.overrides))
 

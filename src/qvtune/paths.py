@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """What can be made again: the converted demo model, tokenized data. ``QVTUNE_CACHE``, else the user's cache folder."""
+    """Things that can be made again (demo model, tokenized data): ``QVTUNE_CACHE``, else the user's cache folder."""
     if chosen := os.environ.get("QVTUNE_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvtune"

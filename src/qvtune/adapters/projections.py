@@ -18,9 +18,20 @@ def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed:
     """Wrap ``base`` in a ``PeftModel`` whose only trainable parameters are the factors of the chosen projections.
 
     The initial values depend on ``seed`` alone, so all ranks make the same ones. Factors have the base's compute dtype.
+
+    Raises UserError naming every chosen projection that the model does not have.
     """
     from peft import LoraConfig, get_peft_model
 
+    modules = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    problems = [
+        f"adapter.projections: {letter!r} is {PROJECTION_MODULES[letter]}, which this model does not have; "
+        f"it has {', '.join(sorted(modules & set(_PROJECTION_OF))) or 'none of them'}"
+        for letter in adapter.projections
+        if PROJECTION_MODULES[letter] not in modules
+    ]
+    if problems:
+        raise UserError(problems)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -32,13 +43,7 @@ def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
-    for letter in adapter.projections:
-        if not any(projection_and_factor(name)[0] == letter for name, _ in trainable(model)):
-            raise UserError(
-                f"adapter.projections: {letter!r} ({PROJECTION_MODULES[letter]}) matches no module of the model; "
-                f"it has {', '.join(sorted({name.rpartition('.')[2] for name, _ in base.named_modules()} & set(_PROJECTION_OF)))}"
-            )
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
     return model
 
 

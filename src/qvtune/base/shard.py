@@ -1,7 +1,7 @@
 """Which part of a flattened tensor a rank keeps, and how a part becomes a ZeRO-3 parameter."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -31,8 +31,11 @@ class Shard:
 class Placement(Protocol):
     """Where the loader puts what it has read: sharded over the ranks, or whole on this one."""
 
-    shard: Shard
-    device: torch.device
+    @property
+    def shard(self) -> Shard: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def parameter(self, shape: tuple[int, ...], piece: torch.Tensor) -> nn.Parameter:
         """A frozen parameter of ``shape`` of which this rank holds ``piece`` (1-D, ``shard.numel`` elements)."""
@@ -43,7 +46,7 @@ class Placement(Protocol):
 class Whole:
     """Every parameter whole on one device: ZeRO-2, a single process, the merge's proof."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     shard: Shard = Shard()
 
     def parameter(self, shape: tuple[int, ...], piece: torch.Tensor) -> nn.Parameter:
@@ -69,22 +72,25 @@ class ZeroPartition:
 
     def parameter(self, shape: tuple[int, ...], piece: torch.Tensor) -> nn.Parameter:
         """A parameter in ZeRO-3's state "not available", which DeepSpeed gathers before its module runs."""
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
         # A stride of 0 gives the shape without the memory.
-        parameter = nn.Parameter(torch.empty(1, dtype=piece.dtype, device=self.device).expand(shape), requires_grad=False)
+        parameter: Any = nn.Parameter(
+            torch.empty(1, dtype=piece.dtype, device=self.device).expand(shape), requires_grad=False
+        )
         self._init._convert_to_deepspeed_param(parameter)
         assert piece.numel() == self.shard.numel(parameter.ds_numel), (piece.shape, shape, self.shard)
-        piece = piece.to(self._init.remote_device)
+        stored: Any = piece.to(self._init.remote_device)
         if self._init.pin_memory:
-            piece = piece.pin_memory()
-        piece.ds_numel = piece.numel()
-        piece.status = PartitionedParamStatus.AVAILABLE
-        piece.final_location = None
-        parameter.ds_tensor = piece
-        parameter.ds_numel_aligned = piece.numel() * self.shard.num_ranks
+            stored = get_accelerator().pin_memory(stored)  # as it is where the accelerator is a CPU
+        stored.ds_numel = stored.numel()
+        stored.status = PartitionedParamStatus.AVAILABLE
+        stored.final_location = None
+        parameter.ds_tensor = stored
+        parameter.ds_numel_aligned = stored.numel() * self.shard.num_ranks
         free_param(parameter)
-        return parameter
+        return cast(nn.Parameter, parameter)
 
 
 def resident_bytes(parameter: nn.Parameter) -> int:

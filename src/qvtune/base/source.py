@@ -14,6 +14,8 @@ from qvtune.errors import UserError
 # https://huggingface.co/docs/safetensors: 8 bytes little-endian header size, a JSON header, the data.
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What reading and taking apart somebody else's JSON can raise.
+_MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class BaseWeights(Mapping[str, StoredTensor]):
         data = torch.empty(end - start, dtype=tensor.dtype)
         with tensor.file.open("rb", buffering=0) as file:
             file.seek(tensor.offset + start * tensor.dtype.itemsize)
-            buffer = memoryview(data.view(torch.uint8).numpy())
+            buffer = data.view(torch.uint8).numpy().data
             while buffer:
                 count = file.readinto(buffer)
                 if not count:
@@ -79,19 +81,26 @@ def open_weights(folder: Path) -> BaseWeights:
     if (folder / _SINGLE).is_file():
         files = [folder / _SINGLE]
     elif (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text())
-        files = sorted({folder / name for name in index["weight_map"].values()})
+        files = _indexed_files(folder / _INDEX)
     else:
         raise UserError(_no_weights(folder))
-    problems, tensors = [], {}
+    problems: list[str] = []
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
             tensors |= {tensor.name: tensor for tensor in _read_header(file)}
-        except (OSError, ValueError, KeyError) as error:
+        except _MALFORMED as error:
             problems.append(f"{file}: cannot be read as safetensors ({error}); copy the file again")
     if problems:
         raise UserError(problems)
     return BaseWeights(folder, tensors)
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        return sorted({index.parent / name for name in json.loads(index.read_text())["weight_map"].values()})
+    except _MALFORMED as error:
+        raise UserError(f"{index}: is no index of safetensors files ({error!r}); copy the file again") from error
 
 
 def _no_weights(folder: Path) -> str:

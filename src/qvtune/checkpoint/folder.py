@@ -1,10 +1,10 @@
 """The checkpoint folder: written whole or not at all, checked before it is used, readable by PEFT as it is.
 
-    checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it
-                                 optimizer.safetensors      fp32 masters and AdamW moments by parameter name
-                                 trainer_state.json         step, counters, the settings that made the trajectory
-                                 manifest.json              size and sha256 of each file above
-    checkpoints/latest           symbolic link to the newest complete one
+checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it
+                             optimizer.safetensors      fp32 masters and AdamW moments by parameter name
+                             trainer_state.json         step, counters, the settings that made the trajectory
+                             manifest.json              size and sha256 of each file above
+checkpoints/latest           symbolic link to the newest complete one
 """
 
 import hashlib
@@ -50,7 +50,9 @@ def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> 
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=checkpoints))
     write_files(temporary)
     files = sorted(path for path in temporary.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    manifest: dict[str, dict[str, Any]] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in temporary.iterdir():
         _fsync(path)
@@ -60,7 +62,7 @@ def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> 
         _discard(target)
     os.rename(temporary, target)
     _point_latest(checkpoints, target)
-    return sum(entry["bytes"] for entry in manifest.values())
+    return sum(int(entry["bytes"]) for entry in manifest.values())
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -84,13 +86,18 @@ def resolve(path: Path) -> Path:
         return path.resolve()
     found = newest(path / "checkpoints") or newest(path)
     if found is None:
-        raise UserError(f"{path}: no checkpoint; give a folder runs/NAME/checkpoints/step-* or a run folder that has one")
+        raise UserError(
+            f"{path}: no checkpoint; give a folder runs/NAME/checkpoints/step-* or a run folder that has one"
+        )
     return found.resolve()
 
 
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises UserError listing all that differ."""
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError([f"{folder / _MANIFEST}: cannot be read ({error})", _damaged(folder)]) from error
     problems = []
     for name, entry in manifest.items():
         path = folder / name
@@ -101,7 +108,11 @@ def verify(folder: Path) -> None:
         elif _sha256(path) != entry["sha256"]:
             problems.append(f"{path}: the content is not what was written (sha256)")
     if problems:
-        raise UserError([*problems, f"{folder} is damaged; delete it to use the checkpoint before it"])
+        raise UserError([*problems, _damaged(folder)])
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder} is damaged; delete it to use the checkpoint before it"
 
 
 def write_json(path: Path, value: Any) -> None:

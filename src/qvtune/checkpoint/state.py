@@ -34,6 +34,7 @@ def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    _link_moments(engine.optimizer)
     state: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in trainable(engine.module.model):
         with GatheredParameters([parameter]):
@@ -68,15 +69,18 @@ def load_trainer_state(folder: Path) -> TrainerState:
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:
-    """Put the adapter of a checkpoint into a ``PeftModel`` before DeepSpeed cuts it. Raises UserError on other names."""
+    """Put a checkpoint's adapter into a ``PeftModel`` before DeepSpeed cuts it. Raises UserError on other names."""
     stored = load_file(folder / "adapter_model.safetensors")
     parameters = {saved_name(name): parameter for name, parameter in trainable(model)}
     _require_same(folder / "adapter_model.safetensors", stored.keys(), parameters.keys())
+    problems = [
+        f"{folder}: {name} has shape {list(stored[name].shape)}, this run needs {list(parameter.shape)} (adapter.rank)"
+        for name, parameter in parameters.items()
+        if stored[name].shape != parameter.shape
+    ]
+    if problems:
+        raise UserError(problems)
     for name, parameter in parameters.items():
-        if stored[name].shape != parameter.shape:
-            raise UserError(
-                f"{folder}: {name} has shape {list(stored[name].shape)}, this run needs {list(parameter.shape)} (adapter.rank)"
-            )
         parameter.data.copy_(stored[name])
 
 
@@ -84,6 +88,7 @@ def load_optimizer(folder: Path, engine: Any, step: int) -> None:
     """Put masters, moments and AdamW's step count back."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+    _link_moments(engine.optimizer)
     stored = load_file(folder / "optimizer.safetensors")
     for name, parameter in trainable(engine.module.model):
         safe_set_full_fp32_param(parameter, stored[f"master/{saved_name(name)}"].to(engine.device))
@@ -94,6 +99,21 @@ def load_optimizer(folder: Path, engine: Any, step: int) -> None:
             entry["step"].fill_(step)
         else:
             entry["step"] = step
+
+
+def _link_moments(zero: Any) -> None:
+    """Give AdamW its state, which it makes at its first step, and let ZeRO-2 find each parameter's part of it.
+
+    DeepSpeed 0.19.8 does the latter once, after stepping the first group, when the other groups have no state yet.
+    """
+    stage_2 = hasattr(zero, "single_partition_of_fp32_groups")
+    for partition in zero.single_partition_of_fp32_groups if stage_2 else zero.fp32_partitioned_groups_flat:
+        state = zero.optimizer.state[partition]
+        if not state:
+            state.update(step=torch.tensor(0.0), **{key: torch.zeros_like(partition) for key in _MOMENTS})
+    if stage_2:
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _require_same(path: Path, found: Any, expected: Any) -> None:

@@ -1,4 +1,4 @@
-"""Running a command on all ranks: one message for a person's mistake, one exit code, and everybody leaves together."""
+"""Running a command: one message for a person's mistake, one exit code, and on many ranks everybody leaves together."""
 
 import sys
 from collections.abc import Callable
@@ -18,8 +18,22 @@ def run_command(command: Callable[[], int]) -> int:
         code = command()
     except UserError as error:
         if distributed.is_main():
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr, flush=True)
+            _print(error)
         code = error.exit_code
     distributed.stop()
     return code
+
+
+def run_alone(command: Callable[[], object]) -> int:
+    """Run ``command`` without a process group; 0, or the exit code of its UserError, which is printed."""
+    try:
+        command()
+    except UserError as error:
+        _print(error)
+        return error.exit_code
+    return 0
+
+
+def _print(error: UserError) -> None:
+    for problem in error.problems:
+        sys.stderr.write(f"error: {problem}\n")

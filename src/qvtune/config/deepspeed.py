@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-import qvtune
 from qvtune.config.problems import closest, describe, suggestion
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
+from qvtune.paths import repository
 
 # Keys that may stand in a JSON, at the top and in two of its blocks. DeepSpeed ignores keys that it does not know, and
 # most that it does know belong to things this project does itself (schedule, master weights, checkpoints, reports).
@@ -87,7 +87,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
 
 def _find_json(name: str) -> Path:
     """The file that ``name`` means: a path, or a file of the repository's ds_configs/."""
-    folder = Path(qvtune.__file__).parents[2] / "ds_configs"
+    folder = repository() / "ds_configs"
     for path in (Path(name), folder / name):
         if path.is_file():
             return path

@@ -90,7 +90,7 @@ class ScheduleSection(Section):
 
     name: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: Ratio = Field(default=0.03, description="part of all steps that the rate rises linearly from 0")
-    min_ratio: Ratio = Field(default=0.0, description="multiplier at the last step (linear, cosine)")
+    min_ratio: Ratio = Field(default=0.0, description="multiplier that linear and cosine fall towards")
 
 
 class DataSection(Section):

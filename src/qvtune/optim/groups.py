@@ -11,7 +11,9 @@ from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerSection) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerSection
+) -> list[dict[str, Any]]:
     """One group for each (projection, multiplier) that occurs; every parameter in exactly one, none empty.
 
     A group holds ``name``, ``params``, ``param_names``, ``multiplier`` and ``initial_lr`` = ``optimizer.lr`` times the
@@ -61,7 +63,7 @@ def _compile(multipliers: dict[str, float]) -> list[tuple[str, re.Pattern[str]]]
 def _no_match(key: str, names: Sequence[str]) -> str:
     letters = sorted({projection_and_factor(name)[0] for name in names})
     return (
-        f"optimizer.lr_multipliers: {key!r} decides for no trained parameter (or an earlier pattern takes all it matches); "
+        f"optimizer.lr_multipliers: {key!r} decides for no trained parameter, or an earlier pattern takes all of them; "
         f"trained projections (adapter.projections): {', '.join(letters)}; a parameter's name looks like {names[0]!r}"
     )
 
@@ -75,4 +77,8 @@ def assert_multipliers(param_groups: Sequence[dict[str, Any]], groups: Sequence[
     assert len(param_groups) == len(groups), f"{len(param_groups)} groups in the optimizer, {len(groups)} were built"
     for actual, built in zip(param_groups, groups, strict=True):
         assert actual["name"] == built["name"], (actual["name"], built["name"])
-        assert actual["initial_lr"] == lr * built["multiplier"], (actual["name"], actual["initial_lr"], built["multiplier"])
+        assert actual["initial_lr"] == lr * built["multiplier"], (
+            actual["name"],
+            actual["initial_lr"],
+            built["multiplier"],
+        )

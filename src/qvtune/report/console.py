@@ -36,7 +36,9 @@ class StepDisplay:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def say(self, text: str) -> None:
@@ -50,7 +52,7 @@ class StepDisplay:
         rates = "  ".join(f"{name} {rate:.2e}" for name, rate in lr.items())
         remaining = self._progress.tasks[self._task].time_remaining
         left = "" if remaining is None else f"  left {int(remaining) // 60}:{int(remaining) % 60:02d}"
+        count = f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}"
         self.say(
-            f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  loss {loss:.4f}  {tokens_per_second:7.1f} tokens/s  "
-            f"grad norm {grad_norm:.3f}  lr {rates}{left}"
+            f"{count}  loss {loss:.4f}  {tokens_per_second:7.1f} tokens/s  grad norm {grad_norm:.3f}  lr {rates}{left}"
         )

@@ -1,6 +1,7 @@
 """metrics.jsonl: what happened in a run, one JSON object a line."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ class MetricsLog:
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)  # a crash cut its last line off
+        self._file = path.open("a", encoding="utf-8")
         # Steps that a crash cut off are run again: TensorBoard forgets their first values.
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, event: str, **fields: Any) -> None:
         """One line, on disk when this returns: {"event", "time" (seconds since 1970), ...fields}."""
@@ -29,12 +33,12 @@ class MetricsLog:
             for name, scalar in value.items() if isinstance(value, dict) else [("", value)]:
                 if key != "step":
                     tag = f"{event}/{key}/{name}".rstrip("/")
-                    self._board.add_scalar(tag, scalar, step)  # type: ignore[no-untyped-call]
+                    self._board.add_scalar(tag, scalar, step)
 
     def close(self) -> None:
         """Flush both."""
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def read_metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ def check_isolation(engine: Any, batch: Batch, dtype: torch.dtype) -> str:
     difference = distributed.max_over_ranks(abs(packed - apart) / max(1, batch.num_label_tokens))[0]
     if not difference <= _TOLERANCE[dtype]:
         raise RuntimeError(
-            f"packed documents and the same documents apart differ by {difference:.2e} nats a token (allowed "
-            f"{_TOLERANCE[dtype]:.0e}): the attention lets documents see each other. Set data.packing: false or another "
-            "model.attention, and please report the versions in environment.json."
+            f"packed documents and the same documents apart differ by {difference:.2e} nats a token (allowed: "
+            f"{_TOLERANCE[dtype]:.0e}): the attention lets documents see each other. Set data.packing: false or "
+            "another model.attention, and please report the versions in environment.json."
         )
     return f"packing: loss of packed and of separate documents differs by {difference:.1e} nats a token"

@@ -45,27 +45,31 @@ def train(config: RunConfig) -> int:
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
     settings, rows, world_size = config.train, run.plan.rows, distributed.world_size()
     accumulation = engine.gradient_accumulation_steps()
-    run_started, reason = time.monotonic(), "completed"
+    last_step = min(max_steps, settings.stop_after_step or max_steps)
+    run_started, stopping = time.monotonic(), 0.0
     metrics = MetricsLog(run.run_dir, state.step + 1) if distributed.is_main() else None
 
     def record(event: str, **fields: object) -> None:
         if metrics is not None:
             metrics.write(event, **fields)
 
-    record("run_start", step=state.step, max_steps=max_steps, world_size=world_size, resumed_from=str(run.plan.resume or ""))
+    record(
+        "run_start",
+        step=state.step,
+        max_steps=max_steps,
+        world_size=world_size,
+        resumed_from=str(run.plan.resume or ""),
+    )
     record("base_loaded", **_largest(vars(run.load)))
     with StepDisplay(state.step, max_steps, visible=distributed.is_main()) as display:
-        if state.step >= max_steps:
-            display.say(f"step {state.step} of {max_steps} is done already: nothing to train")
-        elif settings.stop_after_step is not None and state.step >= settings.stop_after_step:
-            display.say(f"step {state.step} is at train.stop_after_step already: nothing to train")
-            reason = "stopped"
-        if config.data.packing and state.step < max_steps:
+        if state.step >= last_step:
+            display.say(f"step {state.step} of {last_step} is done already: nothing to train")
+        elif config.data.packing:
             display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
         if state.step == 0:
             _evaluate(run, config, display, record)
 
-        while state.step < max_steps and reason == "completed":
+        while state.step < last_step and not stopping:
             started = time.monotonic()
             lr = {}
             for group in engine.optimizer.param_groups:
@@ -79,46 +83,46 @@ def train(config: RunConfig) -> int:
             loss_sum = 0.0
             for micro_step, batch in enumerate(_micro_batches(run, config, state.step), start=1):
                 summed = engine(batch)
-                # DeepSpeed averages over micro-batches and ranks; the global number of label tokens is the divisor wanted.
+                # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
                 engine.backward(summed * (accumulation * world_size / label_tokens))
                 loss_sum += summed.item()
                 if micro_step == accumulation:
                     loss_sum, stopping = distributed.sum_over_ranks(loss_sum, float(bool(stop)))
-                    if not math.isfinite(loss_sum):  # the same number on all ranks: all leave, and no step is taken
-                        raise RuntimeError(f"step {state.step + 1}: the loss is {loss_sum}; no checkpoint was written")
+                    _require_finite("loss", loss_sum, state.step + 1)
                 engine.step()
             grad_norm = float(engine.get_global_grad_norm())
-            if not math.isfinite(grad_norm):
-                raise RuntimeError(f"step {state.step + 1}: the gradient norm is {grad_norm}; no checkpoint was written")
+            _require_finite("gradient norm", grad_norm, state.step + 1)
 
             state.step += 1
             state.tokens += tokens
             state.label_tokens += label_tokens
             loss, seconds = loss_sum / label_tokens, time.monotonic() - started
             display.step(state.step, loss, tokens / seconds, grad_norm, lr)
-            record(
-                "step",
-                step=state.step,
-                loss=loss,
-                tokens=tokens,
-                label_tokens=label_tokens,
-                seconds=seconds,
-                grad_norm=grad_norm,
-                lr=lr,
-            )
-            if stopping or (state.step == settings.stop_after_step and state.step < max_steps):
-                reason = "stopped"
-            if state.step == max_steps or (settings.eval_every and state.step % settings.eval_every == 0):
+            counts = {"tokens": tokens, "label_tokens": label_tokens}
+            record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
+
+            if state.step == max_steps or _due(state.step, settings.eval_every):
                 _evaluate(run, config, display, record)
-            due = settings.save_every and state.step % settings.save_every == 0
-            if due or state.step == max_steps or reason == "stopped":
+            if state.step == last_step or stopping or _due(state.step, settings.save_every):
                 _save(run, config, display, record)
 
+        completed = state.step >= max_steps
         peak = _largest({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": _peak_device_bytes()})
-        record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
+        reason, seconds = "completed" if completed else "stopped", time.monotonic() - run_started
+        record("run_end", step=state.step, reason=reason, seconds=seconds, **peak)
     if metrics is not None:
         metrics.close()
-    return EXIT_STOPPED if reason == "stopped" else EXIT_DONE
+    return EXIT_DONE if completed else EXIT_STOPPED
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _require_finite(what: str, value: float, step: int) -> None:
+    """``value`` is the same on all ranks, so all leave together."""
+    if not math.isfinite(value):
+        raise RuntimeError(f"step {step}: the {what} is {value}; this step is in no checkpoint")
 
 
 def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:

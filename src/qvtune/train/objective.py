@@ -55,12 +55,12 @@ class FrozenHeadLoss(nn.Module):
 
     def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         """fp32 scalar; 0 where N is 0."""
-        loss: torch.Tensor = _HeadCrossEntropy.apply(hidden_ND, labels_N, self.weight, self.bias)
+        loss: torch.Tensor = _HeadCrossEntropy.apply(hidden_ND, labels_N, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return loss
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """The head is frozen, so the gradient of the hidden states is known in forward, and logits live for a chunk only."""
+    """A frozen head: the gradient of the hidden states is known in forward, and logits live for a chunk only."""
 
     @staticmethod
     def forward(

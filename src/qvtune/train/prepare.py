@@ -1,4 +1,4 @@
-"""From a configuration to everything the loop needs. All that can be wrong with it is found before anything is written."""
+"""From a configuration to all that the loop needs; what can be wrong is found before anything is written."""
 
 import math
 from dataclasses import dataclass
@@ -146,7 +146,11 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan) -> Any:
     groups = parameter_groups(trainable(model), section)
     optimizer = torch.optim.AdamW(
         # DeepSpeed rewrites the dictionaries it gets; ours stay as they were built.
-        [dict(group) for group in groups], lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+        [dict(group) for group in groups],
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
     )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
@@ -159,6 +163,11 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan) -> Any:
     assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
     if distributed.is_main():
         for group in groups:
-            count = sum(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel() for parameter in group["params"])
-            console().print(f"group {group['name']}: {count:,} parameters, lr {group['initial_lr']:g} (x{group['multiplier']:g})")
+            count = sum(
+                parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+                for parameter in group["params"]
+            )
+            console().print(
+                f"group {group['name']}: {count:,} parameters, lr {group['initial_lr']:g} (x{group['multiplier']:g})"
+            )
     return engine

@@ -18,12 +18,31 @@ from qvtune.cluster import distributed
 from qvtune.config.load import dump_config
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
+from qvtune.report.console import console
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "flash-attn", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "flash-attn",
+    "safetensors",
+    "numpy",
+)
 # What may change between the parts of one run. Everything else decides which losses come out.
 _FREE_SETTINGS = {
     "": {"run_dir", "deepspeed", "checkpoint"},
-    "train": {"max_steps", "epochs", "micro_batch_size", "eval_every", "save_every", "stop_after_step", "activation_checkpointing"},
+    "train": {
+        "max_steps",
+        "epochs",
+        "micro_batch_size",
+        "eval_every",
+        "save_every",
+        "stop_after_step",
+        "activation_checkpointing",
+    },
     "model": {"attention"},
     "data": {"eval"},
 }
@@ -89,9 +108,11 @@ def open_run_folder(config: RunConfig, resume: Path | None, deepspeed_config: di
     hosts = distributed.gather_objects(socket.gethostname())
     if distributed.is_main():
         if resume is None and run_dir.exists() and any(run_dir.iterdir()):
-            aside = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+            aside = next(
+                path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.{n}")).exists()
+            )
             os.rename(run_dir, aside)
-            print(f"an earlier run was in {run_dir}; it is now {aside}", flush=True)
+            console().print(f"an earlier run was in {run_dir}; it is now {aside}")
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         checkpoint_folder.remove_unfinished(run_dir / "checkpoints")
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -110,7 +131,9 @@ def environment(hosts: list[str]) -> dict[str, Any]:
         "argv": sys.argv,
         "hosts": hosts,
         "world_size": distributed.world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
         "torch_num_threads": torch.get_num_threads(),
         "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
     }

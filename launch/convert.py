@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Merge a trained adapter into its base:  python launch/convert.py runs/demo/checkpoints/latest --output merged/
+
+Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json).
+Exit codes: 0 written and proved; 1 the proof failed, nothing was written; 2 the input is wrong.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from qvtune.cluster.command import run_alone
+from qvtune.merge.convert import DEFAULT_SHARD_BYTES, BaseChoice, DtypeChoice, convert
+
+
+def main() -> int:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="INPUT", help="a checkpoint folder, or a run folder (its newest)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
+    parser.add_argument(
+        "--base-weights",
+        choices=get_args(BaseChoice),
+        help="dequantized = the values that training saw (default for NF4 runs); original = the base's own",
+    )
+    parser.add_argument("--dtype", choices=get_args(DtypeChoice), default="auto", help="auto = training's")
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, metavar="N", help="of a file; %(default)s"
+    )
+    parser.add_argument("--proof-rows", type=int, metavar="N", help="evaluation rows in the proof; 8 if there are")
+    options = vars(parser.parse_args())
+    return run_alone(lambda: convert(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""From a checkpoint to one ordinary Hugging Face folder, which appears only when it has been proved."""
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qvtune.base.loader import check_tensors
+from qvtune.base.model import build_skeleton, read_model_config
+from qvtune.base.nf4 import Layout, NF4Linear
+from qvtune.base.source import BaseWeights, model_folder, open_weights
+from qvtune.checkpoint import folder as checkpoint_folder
+from qvtune.checkpoint.folder import write_json
+from qvtune.checkpoint.state import TrainerState, load_trainer_state
+from qvtune.config.schema import ModelSection
+from qvtune.errors import UserError
+from qvtune.merge.adapter import LoraAdapter, read_adapter
+from qvtune.merge.output import copy_companions, model_output, require_free, write_config
+from qvtune.merge.proof import (
+    EXACT,
+    ROUNDED,
+    Proof,
+    compare,
+    evaluation_rows,
+    fixed_prompts,
+    load_adapted,
+    load_merged,
+)
+from qvtune.merge.report import MergeReport, show
+from qvtune.merge.tensors import Merger
+from qvtune.merge.writer import write_model
+from qvtune.paths import cache_dir
+from qvtune.report.console import console
+
+BaseChoice = Literal["dequantized", "original"]
+DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class ProofError(UserError):
+    """The merged model does not compute what base and adapter compute."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A merge that can be done: ``model`` says what the base is loaded as, ``adapter`` fits its ``weights``."""
+
+    checkpoint: Path
+    state: TrainerState
+    model: ModelSection
+    base: Path
+    weights: BaseWeights
+    adapter: LoraAdapter
+    quantized: dict[str, Layout]
+    dtype: torch.dtype
+
+
+def convert(
+    source: Path,
+    output: Path,
+    *,
+    base_weights: BaseChoice | None = None,
+    dtype: DtypeChoice = "auto",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    proof_rows: int | None = None,
+) -> MergeReport:
+    """Merge the adapter of a checkpoint into its base; ``output`` then loads with ``AutoModelForCausalLM``.
+
+    ``source`` is a checkpoint folder or a run folder (its newest). ``base_weights``: what the adapter is added to, and
+    what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default where it was),
+    ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's. ``proof_rows``: rows of
+    the run's evaluation data that are compared as well (None: 8 where they can be found).
+
+    Raises UserError for what cannot be merged, ProofError where the proof fails; ``output`` does not appear then.
+    """
+    started = time.monotonic()
+    _check_numbers(max_shard_bytes, proof_rows)
+    require_free(output)
+    task = _open(source, base_weights, dtype)
+    merger = Merger(task.weights, task.adapter, task.quantized, task.dtype)
+    plans = merger.plan()
+    console().print(f"merging {task.checkpoint} into {task.base}: {len(plans)} tensors")
+    with model_output(output) as folder:
+        files = write_model(folder, plans, merger.tensor, max_shard_bytes)
+        copy_companions(task.base, folder)
+        write_config(task.base, folder, task.dtype)
+        report = MergeReport(
+            checkpoint=str(task.checkpoint),
+            step=task.state.step,
+            base=task.model.name_or_path,
+            base_weights="dequantized" if task.quantized else "original",
+            trained_on=task.state.trajectory["model"]["quantization"],
+            dtype=str(task.dtype).removeprefix("torch."),
+            scaling=task.adapter.scaling,
+            files=files,
+            bytes=sum(plan.num_bytes for plan in plans),
+            tensors=dict(Counter(merger.kind(plan.name) for plan in plans)),
+            updates=merger.updates,
+            proof=_prove(task, folder, proof_rows),
+            seconds=time.monotonic() - started,
+        )
+        show(report, output)
+        if not report.proof.passed:
+            raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
+        write_json(folder / "merge_report.json", asdict(report))
+    return report
+
+
+def _check_numbers(max_shard_bytes: int, proof_rows: int | None) -> None:
+    problems = []
+    if max_shard_bytes <= 0:
+        problems.append(f"--max-shard-bytes: {max_shard_bytes}; must be greater than 0")
+    if proof_rows is not None and proof_rows < 0:
+        problems.append(f"--proof-rows: {proof_rows}; must be 0 (fixed prompts alone) or more")
+    if problems:
+        raise UserError(problems)
+
+
+def _open(source: Path, base_weights: BaseChoice | None, dtype: DtypeChoice) -> _Task:
+    """Find and check everything that is read. Raises UserError."""
+    checkpoint = checkpoint_folder.resolve(source)
+    checkpoint_folder.verify(checkpoint)
+    state = load_trainer_state(checkpoint)
+    model = _as_chosen(ModelSection(**state.trajectory["model"]), base_weights)
+    base = model_folder(model.name_or_path, cache_dir())
+    weights = open_weights(base)
+    adapter = read_adapter(checkpoint, weights)
+    skeleton = build_skeleton(read_model_config(base, model), model, adapter.dtype, attention="sdpa")
+    check_tensors(skeleton, weights)
+    layouts = {f"{name}.weight": part.layout for name, part in skeleton.named_modules() if isinstance(part, NF4Linear)}
+    merged_dtype = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
+    return _Task(checkpoint, state, model, base, weights, adapter, layouts, merged_dtype)
+
+
+def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> ModelSection:
+    if base_weights == "dequantized" and trained_on.quantization == "none":
+        raise UserError(
+            "--base-weights dequantized: the run was trained on the original weights (model.quantization: none), there "
+            "are no others; leave the option out"
+        )
+    return trained_on.model_copy(update={"quantization": "none"}) if base_weights == "original" else trained_on
+
+
+def _prove(task: _Task, folder: Path, num_rows: int | None) -> Proof:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=task.model.trust_remote_code)
+    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, task.checkpoint, num_rows)
+    adapted = load_adapted(task.base, task.model, task.checkpoint, task.adapter.dtype)
+    return compare(adapted, load_merged(folder, task.model), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
+
+
+def _keeps_all_bits(task: _Task) -> bool:
+    """Whether neither the merge nor training has rounded any weight to 16 bits."""
+    trained = task.adapter.dtype
+    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.weights.values())
+    return as_stored and task.dtype == torch.float32

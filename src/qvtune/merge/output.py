@@ -1,0 +1,67 @@
+"""The folder that a merge leaves: everything but the weights, and all of it at once."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qvtune.checkpoint.folder import write_json
+from qvtune.errors import UserError
+
+# Tokenizers, templates, generation settings, code of the model, licences; no weights of any format.
+_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".py"}
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_TEMPLATES = "additional_chat_templates"
+
+
+def require_free(output: Path) -> None:
+    """Raise UserError where ``output`` is anything but missing or an empty folder."""
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise UserError(f"--output: {output} is not empty; give a new folder, or delete this one")
+    elif output.exists() or output.is_symlink():
+        raise UserError(f"--output: {output} is not a folder; give a new folder")
+
+
+@contextmanager
+def model_output(output: Path) -> Iterator[Path]:
+    """A private folder beside ``output`` that takes its name when the block ends, and vanishes if it raises."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as private:
+        folder = Path(private) / output.name
+        folder.mkdir()
+        yield folder
+        for path in [*folder.rglob("*"), folder]:
+            _fsync(path)
+        os.rename(folder, output)
+    _fsync(output.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+    """Tokenizer, chat templates, generation settings, model code and licences of the base, as they are."""
+    for path in sorted(base.iterdir()):
+        wanted = path.suffix in _SUFFIXES or path.name.upper().startswith(_LICENCES)
+        if path.is_file() and wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    if (base / _TEMPLATES).is_dir():
+        shutil.copytree(base / _TEMPLATES, folder / _TEMPLATES)
+
+
+def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    """The base's config.json for weights that are to be computed with in ``dtype``."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # what "dtype" was called before transformers 4.56
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

@@ -1,0 +1,93 @@
+"""What stands in the merged model under each of the base's names, one tensor at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from qvtune.base.nf4 import Layout, NF4Linear, quantize_shard
+from qvtune.base.shard import Whole
+from qvtune.base.source import BaseWeights
+from qvtune.errors import UserError
+from qvtune.merge.adapter import LoraAdapter
+from qvtune.merge.writer import TensorPlan
+
+
+@dataclass(frozen=True)
+class MatrixUpdate:
+    """Frobenius norms of what the adapter adds to a matrix and of the matrix before."""
+
+    name: str
+    update_norm: float
+    weight_norm: float
+    ratio: float
+
+
+class Merger:
+    """Computes adapted matrices in ``dtype``, writes quantized ones as training saw them, and leaves the rest alone.
+
+    ``quantized`` are the matrices to be replaced by their NF4 values; ``updates`` grows with each adapted matrix.
+    """
+
+    def __init__(
+        self, weights: BaseWeights, adapter: LoraAdapter, quantized: Mapping[str, Layout], dtype: torch.dtype
+    ) -> None:
+        self._weights, self._adapter, self._quantized, self._dtype = weights, adapter, quantized, dtype
+        self.updates: list[MatrixUpdate] = []
+
+    def plan(self) -> list[TensorPlan]:
+        """Every tensor of the merged model, in the order in which the base is read from front to back."""
+        stored = sorted(self._weights.values(), key=lambda tensor: (tensor.file, tensor.offset))
+        return [
+            TensorPlan(tensor.name, tensor.dtype if self.kind(tensor.name) == "copied" else self._dtype, tensor.shape)
+            for tensor in stored
+        ]
+
+    def kind(self, name: str) -> Literal["adapted", "dequantized", "copied"]:
+        """What becomes of a tensor of the base."""
+        if name in self._adapter.factors:
+            return "adapted"
+        return "dequantized" if name in self._quantized else "copied"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The merged tensor as ``plan`` promises it; the base's own bits where neither NF4 nor the adapter concerns it.
+
+        Raises UserError when a value is too large for the dtype.
+        """
+        value = self._base_value(name)
+        if self.kind(name) == "copied":
+            return value
+        if self.kind(name) == "adapted":
+            value = self._adapted(name, value.float())
+        merged = value.to(self._dtype)
+        if not merged.isfinite().all():
+            raise UserError(
+                f"{name}: values up to {value.abs().max():.3g} do not fit {self._dtype}; choose another --dtype"
+            )
+        return merged
+
+    def _base_value(self, name: str) -> torch.Tensor:
+        if name in self._quantized:
+            return _through_nf4(self._weights, name, self._quantized[name])
+        return self._weights.read_flat(name).view(self._weights[name].shape)
+
+    def _adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        update = self._adapter.update(name)
+        update_norm, weight_norm = float(update.norm()), float(weight.norm())
+        self.updates.append(MatrixUpdate(name, update_norm, weight_norm, update_norm / weight_norm))
+        return weight + update
+
+
+def _through_nf4(weights: BaseWeights, name: str, layout: Layout) -> torch.Tensor:
+    """A matrix quantized and dequantized by the code that training runs, in training's compute dtype."""
+    num_out, num_in = layout.shape
+    linear = NF4Linear(num_in, num_out, bias=False, double_quant=layout.double_quant, dtype=layout.storage)
+    whole = Whole(torch.device("cpu"))
+    pieces, linear.offset = quantize_shard(
+        lambda start, end: weights.read_flat(name, start, end), layout, whole, gather=lambda own: [own]
+    )
+    for piece, content in pieces.items():
+        setattr(linear, piece, nn.Parameter(content, requires_grad=False))
+    return linear.dequantize()

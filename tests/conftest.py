@@ -1,0 +1,36 @@
+"""Fixtures for all tests; what they are made of is in tests/tiny.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import make_model_folder, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Everything here is too small to share; threads that wait for each other take many times longer."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA in bfloat16. Shared: read only."""
+    return make_model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def llama_fp32_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float32."""
+    return make_model_folder(tmp_path_factory.mktemp("models") / "llama-fp32", dtype=torch.float32)
