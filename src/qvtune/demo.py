@@ -14,6 +14,7 @@ from torch import nn
 
 from qvtune.base.loader import load_whole
 from qvtune.base.source import model_folder
+from qvtune.cluster.command import run_alone
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
 from qvtune.data.demo import demo_files
@@ -26,16 +27,16 @@ _RECIPE = Path("launch/recipes/demo.yaml")
 _NUM_SAMPLES, _SAMPLE_TOKENS = 3, 48
 
 
-def main() -> int:
-    """Run the demo in the current folder (a checkout); the first command that fails gives the exit code."""
+def main() -> None:
+    """Run the demo; leaves with training's exit code where that fails."""
     out, started = console(), time.monotonic()
-    config = load_config(_RECIPE, [])
+    config = load_config(repository() / _RECIPE)
     num_ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     command = ["deepspeed", "--num_gpus", str(num_ranks), "launch/train.py", "--config", str(_RECIPE)]
     out.print(Rule(f"1/3  train: {' '.join(command)}"))
     trained = subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], cwd=repository(), check=False)
     if trained.returncode != 0:
-        return trained.returncode
+        sys.exit(trained.returncode)
 
     run_dir = repository() / config.run_dir
     merged = run_dir / "merged"
@@ -45,7 +46,6 @@ def main() -> int:
     out.print(Rule("3/3  answers before and after, to questions that were held out"))
     _show_answers(config, merged)
     out.print(_summary(config, run_dir, merged, num_ranks, time.monotonic() - started))
-    return 0
 
 
 def _show_answers(config: RunConfig, merged: Path) -> None:
@@ -102,4 +102,4 @@ def _summary(config: RunConfig, run_dir: Path, merged: Path, num_ranks: int, sec
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_alone(main))

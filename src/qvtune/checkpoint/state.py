@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvtune.adapters.projections import saved_name, trainable
+from qvtune.base.shard import Shard
 from qvtune.checkpoint.folder import write_json
+from qvtune.cluster import distributed
 from qvtune.errors import UserError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -20,9 +22,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainerState:
-    """Counters of a run. ``step`` optimizer steps are done; ``trajectory`` are the settings that decide the losses."""
+    """Counters of a run. ``step`` of ``max_steps`` are done; ``trajectory`` are the settings that decide the losses."""
 
     step: int = 0
+    max_steps: int = 0
     tokens: int = 0
     label_tokens: int = 0
     eval_losses: dict[int, float] = field(default_factory=dict)
@@ -86,19 +89,37 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
 
 def load_optimizer(folder: Path, engine: Any, step: int) -> None:
     """Put masters, moments and AdamW's step count back."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     _link_moments(engine.optimizer)
     stored = load_file(folder / "optimizer.safetensors")
     for name, parameter in trainable(engine.module.model):
-        safe_set_full_fp32_param(parameter, stored[f"master/{saved_name(name)}"].to(engine.device))
-        for key in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, stored[f"{key}/{saved_name(name)}"].to(engine.device), key)
+        for key in ("master", *_MOMENTS):
+            _set_state(parameter, key, stored[f"{key}/{saved_name(name)}"].to(engine.device))
     for entry in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(entry["step"]):
             entry["step"].fill_(step)
         else:
             entry["step"] = step
+
+
+def _set_state(parameter: nn.Parameter, key: str, whole: torch.Tensor) -> None:
+    """Put a parameter's fp32 master or moment into the optimizer.
+
+    ZeRO-3's setter of whole tensors fails where the ranks do not divide them (DeepSpeed 0.19.8), hence the local one.
+    """
+    from deepspeed import utils
+
+    if hasattr(parameter, "ds_tensor"):
+        shard = Shard(distributed.rank(), distributed.world_size())
+        start, end = shard.span(whole.numel())
+        piece = whole.new_zeros(shard.numel(whole.numel()))
+        piece[: end - start] = whole.flatten()[start:end]
+        set_master, set_moment, value = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state, piece
+    else:
+        set_master, set_moment, value = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state, whole
+    if key == "master":
+        set_master(parameter, value)
+    else:
+        set_moment(parameter, value, key)
 
 
 def _link_moments(zero: Any) -> None:

@@ -115,12 +115,22 @@ def prepare(config: RunConfig) -> Run:
     if planned.resume is not None:
         checkpoint_state.load_adapter(planned.resume, model)
         state = checkpoint_state.load_trainer_state(planned.resume)
+        if distributed.is_main():
+            console().print(_resume_line(planned, state))
+        state.max_steps = planned.max_steps
     else:
-        state = TrainerState(trajectory=trajectory_settings(config))
+        state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
     engine = _start_engine(model, config, planned)
     if planned.resume is not None:
         checkpoint_state.load_optimizer(planned.resume, engine, state.step)
     return Run(engine, planned, run_dir, state, load)
+
+
+def _resume_line(planned: Plan, state: TrainerState) -> str:
+    line = f"going on from {planned.resume}, step {state.step} of {planned.max_steps}"
+    if planned.max_steps != state.max_steps:
+        line += f"; it was {state.max_steps} before, so the learning rates to come follow the schedule of the new length"
+    return line
 
 
 def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport]:

@@ -31,7 +31,8 @@ _PACKAGES = (
     "safetensors",
     "numpy",
 )
-# What may change between the parts of one run. Everything else decides which losses come out.
+# What may change between the parts of one run: it leaves the losses as they are, or, as another length does to the
+# schedule of the steps to come, changes them in a way that is asked for and logged. All else must stay.
 _FREE_SETTINGS = {
     "": {"run_dir", "deepspeed", "checkpoint"},
     "train": {
@@ -51,6 +52,8 @@ _FREE_SETTINGS = {
 def trajectory_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's losses, as plain JSON values."""
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_SETTINGS[""])
+    # The first pattern that matches decides: their order counts, which comparing mappings would not notice.
+    settings["optimizer"]["lr_multipliers"] = [list(item) for item in config.optimizer.lr_multipliers.items()]
     return {
         section: {key: value for key, value in values.items() if key not in _FREE_SETTINGS.get(section, ())}
         if isinstance(values, dict)

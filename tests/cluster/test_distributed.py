@@ -1,0 +1,169 @@
+"""Ranks and variables as one process sees them; what needs several is in tests/distributed."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvtune.cluster import distributed
+from qvtune.errors import UserError
+from tests.processes import run_command
+
+START = """
+import json, os
+from qvtune.cluster import distributed
+distributed.start()
+print(json.dumps({
+    "variables": {
+        name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    },
+    "rank": distributed.rank(), "world_size": distributed.world_size(), "main": distributed.is_main(),
+    "sum": distributed.sum_over_ranks(1.5, 2.0), "max": distributed.max_over_ranks(-1.0),
+    "objects": distributed.gather_objects("own"), "from_main": distributed.from_main({"a": 1}),
+}))
+distributed.stop()
+distributed.stop()
+"""
+
+
+def test_plain_python_is_one_process(tmp_path: Path) -> None:
+    finished = run_command([sys.executable, "-c", START], tmp_path, timeout=300)
+    assert finished.code == 0, finished.output
+    found = json.loads(finished.stdout.splitlines()[-1])
+    port = int(found["variables"].pop("MASTER_PORT"))
+    assert 1024 <= port < 65536
+    assert found == {
+        "variables": {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+        "rank": 0,
+        "world_size": 1,
+        "main": True,
+        "sum": [1.5, 2.0],
+        "max": [-1.0],
+        "objects": ["own"],
+        "from_main": {"a": 1},
+    }
+
+
+def test_before_start_the_launchers_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (5, 8, 1)
+    assert not distributed.is_main()
+
+
+def test_without_variables_this_is_the_only_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
+    assert distributed.is_main()
+    own = torch.arange(3)
+    assert distributed.gather_tensor(own)[0] is own, "no collective among one"
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", distributed._free_port()))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 6),
+        ({"LOCAL_WORLD_SIZE": "2"}, 3),  # torchrun
+        ({"LOCAL_SIZE": "3"}, 2),  # the deepspeed launcher
+        ({"LOCAL_WORLD_SIZE": "8"}, 1),
+    ],
+)
+def test_the_cores_are_shared_by_the_ranks_of_a_host(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: int
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    distributed._share_cores()
+    assert torch.get_num_threads() == expected
+
+
+def test_who_sets_the_number_of_threads_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    distributed._share_cores()
+    assert torch.get_num_threads() == 1
+
+
+def others_report(monkeypatch: pytest.MonkeyPatch, *problems: str) -> None:
+    """A second rank whose block ended with these problems."""
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, problems])
+
+
+def fail(*problems: str) -> Callable[[], None]:
+    def build() -> None:
+        raise UserError(problems)
+
+    return build
+
+
+def test_together_passes_when_no_rank_has_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    others_report(monkeypatch)
+    with distributed.together():
+        done = True
+    assert done
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        (["mine"], [], ("mine",)),
+        ([], ["theirs"], ("theirs",)),
+        (["same", "mine"], ["same", "theirs"], ("same", "mine", "theirs")),
+    ],
+)
+def test_together_raises_the_problems_of_all_ranks_once_each(
+    monkeypatch: pytest.MonkeyPatch, own: list[str], others: list[str], expected: tuple[str, ...]
+) -> None:
+    others_report(monkeypatch, *others)
+    block = fail(*own) if own else lambda: None
+    with pytest.raises(UserError) as caught, distributed.together():
+        block()
+    assert caught.value.problems == expected
+
+
+def test_together_lets_defects_through_without_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(distributed, "gather_objects")
+    with pytest.raises(ZeroDivisionError), distributed.together():
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_once_per_host_the_first_rank_builds_before_the_others(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str
+) -> None:
+    events: list[str] = []
+
+    def gather(own: tuple[str, ...]) -> list[tuple[str, ...]]:
+        events.append("meet")
+        return [own]
+
+    def build() -> str:
+        events.append("build")
+        return "built"
+
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    assert distributed.once_per_host(build) == "built"
+    assert events == (["build", "meet", "meet"] if local_rank == "0" else ["meet", "build", "meet"])
+
+
+def test_once_per_host_raises_what_another_rank_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    others_report(monkeypatch, "no such file")
+    with pytest.raises(UserError, match="no such file"):
+        distributed.once_per_host(lambda: pytest.fail("the first rank's error ends it"))

@@ -1,0 +1,76 @@
+"""The evaluation loss does not depend on micro-batches and ranks, and every rank makes the same number of passes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qvtune.data import IGNORE_INDEX
+from qvtune.data.batch import Batch, collate
+from qvtune.data.packing import PackedRow
+from qvtune.train import evaluate as evaluate_module
+from qvtune.train.evaluate import evaluate
+from qvtune.train.objective import CausalLMObjective
+from tests.tiny import make_row
+
+LENGTHS = [(9, 4), (20,), (7, 7, 7), (3,), (12, 5)]
+NUM_ROWS = len(LENGTHS)
+
+
+class Rows(Sequence[PackedRow]):
+    """As much of TokenRows as evaluation uses."""
+
+    def __init__(self) -> None:
+        self.rows = [make_row(*lengths, seed=seed) for seed, lengths in enumerate(LENGTHS)]
+        self.num_label_tokens = np.array([(row.labels != IGNORE_INDEX).sum() for row in self.rows])
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+
+class Engine(nn.Module):
+    device = "cpu"
+
+    def __init__(self, objective: CausalLMObjective) -> None:
+        super().__init__()
+        self.objective, self.num_calls = objective, 0
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        assert not self.training and not torch.is_grad_enabled()
+        self.num_calls += 1
+        loss: torch.Tensor = self.objective(batch)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "micro_batch_size", "num_passes"), [(1, 1, 5), (1, 2, 3), (2, 1, 3), (2, 2, 2), (3, 1, 2), (3, 8, 1)]
+)
+def test_the_mean_over_all_label_tokens(
+    make_objective: Callable[..., CausalLMObjective],
+    monkeypatch: pytest.MonkeyPatch,
+    num_ranks: int,
+    micro_batch_size: int,
+    num_passes: int,
+) -> None:
+    rows: Any = Rows()
+    objective = make_objective()
+    with torch.no_grad():
+        total = sum(objective(collate([row], pad_token_id=0)).item() for row in rows)
+    expected = total / sum((row.labels != IGNORE_INDEX).sum() for row in rows)
+    monkeypatch.setattr(evaluate_module.distributed, "world_size", lambda: num_ranks)
+    monkeypatch.setattr(evaluate_module.distributed, "sum_over_ranks", lambda *values: list(values))
+    own_losses = []
+    for rank in range(num_ranks):
+        monkeypatch.setattr(evaluate_module.distributed, "rank", lambda rank=rank: rank)
+        engine = Engine(objective)
+        loss, seconds = evaluate(engine, rows, micro_batch_size, pad_token_id=0)
+        assert engine.num_calls == num_passes, "ZeRO-3 gathers in every pass: all ranks take part"
+        assert engine.training and seconds > 0
+        own_losses.append(loss)
+    assert sum(own_losses) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,181 @@
+"""Whether a run starts anew or goes on, and what is kept of it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvtune.checkpoint import folder as checkpoint_folder
+from qvtune.checkpoint.folder import step_folder, write_json
+from qvtune.checkpoint.state import TrainerState
+from qvtune.config.schema import RunConfig
+from qvtune.errors import UserError
+from qvtune.train import run_folder
+from qvtune.train.run_folder import environment, find_resume, open_run_folder, trajectory_settings
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.distributed, "gather_objects", lambda own: [own])
+    monkeypatch.setattr(run_folder.distributed, "barrier", lambda: None)
+
+
+def config(run_dir: Path, **sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"run_dir": str(run_dir), "train": {"max_steps": 4}, **sections})
+
+
+def write_checkpoint(made_with: RunConfig, step: int) -> Path:
+    trainer = TrainerState(step=step, trajectory=trajectory_settings(made_with))
+    checkpoints = Path(made_with.run_dir) / "checkpoints"
+    checkpoint_folder.write(checkpoints, step, lambda folder: write_json(folder / "trainer_state.json", vars(trainer)))
+    return step_folder(checkpoints, step)
+
+
+RESUME_MODES = ["never", "if_available", "always"]
+
+
+@pytest.mark.parametrize(("mode", "goes_on"), [("never", False), ("if_available", True), ("always", True)])
+def test_with_checkpoints_the_newest_is_resumed_unless_never(tmp_path: Path, mode: str, goes_on: bool) -> None:
+    run = config(tmp_path / "run", checkpoint={"resume": mode})
+    write_checkpoint(run, 1)
+    newest = write_checkpoint(run, 2)
+    assert find_resume(run) == (newest if goes_on else None)
+
+
+@pytest.mark.parametrize("mode", ["never", "if_available"])
+@pytest.mark.parametrize("run_dir_exists", [False, True])
+def test_without_checkpoints_a_run_starts_anew(tmp_path: Path, mode: str, run_dir_exists: bool) -> None:
+    if run_dir_exists:
+        (tmp_path / "run").mkdir()
+    assert find_resume(config(tmp_path / "run", checkpoint={"resume": mode})) is None
+
+
+def test_always_needs_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.resume: always, but .*run/checkpoints holds no checkpoint"):
+        find_resume(config(tmp_path / "run", checkpoint={"resume": "always"}))
+
+
+@pytest.mark.parametrize("mode", RESUME_MODES)
+def test_a_run_dir_that_is_a_file(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=r"run_dir: .* is a file; give a folder"):
+        find_resume(config(tmp_path / "run", checkpoint={"resume": mode}))
+
+
+@pytest.mark.parametrize("mode", ["if_available", "always"])
+def test_a_damaged_checkpoint_is_an_error_and_no_fresh_start(tmp_path: Path, mode: str) -> None:
+    run = config(tmp_path / "run", checkpoint={"resume": mode})
+    write_checkpoint(run, 1)
+    (write_checkpoint(run, 2) / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="2 bytes"):
+        find_resume(run)
+
+
+def test_every_setting_that_leads_elsewhere_is_listed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    made = config(run_dir, optimizer={"lr": 1e-3, "lr_multipliers": {"v": 4}}, adapter={"rank": 8})
+    write_checkpoint(made, 2)
+    now = config(run_dir, optimizer={"lr": 2e-3, "lr_multipliers": {"v": 2, "q": 1}}, train={"max_steps": 4, "seed": 7})
+    with pytest.raises(UserError) as caught:
+        find_resume(now)
+    *differences, advice = caught.value.problems
+    assert differences == [
+        "adapter.rank: 16 now, 8 in the checkpoint",
+        "optimizer.lr: 0.002 now, 0.001 in the checkpoint",
+        "optimizer.lr_multipliers: [['v', 2.0], ['q', 1.0]] now, [['v', 4.0]] in the checkpoint",
+        "train.seed: 7 now, 0 in the checkpoint",
+    ]
+    assert "set them back, choose another run_dir" in advice
+
+
+def test_the_order_of_the_patterns_counts(tmp_path: Path) -> None:
+    multipliers = {"v": 2.0, "layers": 3.0}
+    first = config(tmp_path / "run", optimizer={"lr_multipliers": multipliers})
+    write_checkpoint(first, 2)
+    assert find_resume(first) == step_folder(tmp_path / "run/checkpoints", 2)
+    swapped = config(tmp_path / "run", optimizer={"lr_multipliers": dict(reversed(multipliers.items()))})
+    with pytest.raises(UserError, match="lr_multipliers"):
+        find_resume(swapped)
+
+
+def test_what_does_not_decide_the_losses_may_change(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write_checkpoint(config(run_dir), 2)
+    changed = config(
+        run_dir,
+        deepspeed="zero2.json",
+        checkpoint={"keep": 7},
+        model={"attention": "eager"},
+        data={"eval": "demo"},
+        train={"epochs": 2, "micro_batch_size": 2, "eval_every": 5, "save_every": 5, "activation_checkpointing": True},
+    )
+    assert find_resume(changed) == step_folder(run_dir / "checkpoints", 2)
+
+
+def test_every_other_setting_decides() -> None:
+    """A new setting belongs to the trajectory until somebody says that it does not."""
+    settings = trajectory_settings(config(Path("run")))
+    assert settings["train"].keys() == {"global_batch_size", "seed"}
+    assert settings["model"].keys() == {"name_or_path", "quantization", "double_quant", "dtype", "trust_remote_code"}
+    assert settings["optimizer"].keys() == {"lr", "lr_multipliers", "betas", "eps", "weight_decay", "max_grad_norm"}
+    assert settings.keys() == {"task", "model", "adapter", "optimizer", "schedule", "data", "train"}
+    assert json.loads(json.dumps(settings)) == settings, "as it comes back from trainer_state.json"
+
+
+def test_the_record_of_a_new_run(tmp_path: Path) -> None:
+    run = config(tmp_path / "runs/new")
+    assert open_run_folder(run, None, {"zero_optimization": {"stage": 3}}) == tmp_path / "runs/new"
+    written = {path.name for path in (tmp_path / "runs/new").iterdir()}
+    assert written == {"config.yaml", "deepspeed.json", "environment.json", "checkpoints"}
+    assert RunConfig.model_validate(yaml.safe_load((tmp_path / "runs/new/config.yaml").read_text())) == run
+    assert json.loads((tmp_path / "runs/new/deepspeed.json").read_text()) == {"zero_optimization": {"stage": 3}}
+
+
+def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
+    run = config(tmp_path / "run")
+    for content in ("first", "second", "third"):
+        open_run_folder(run, None, {})
+        (tmp_path / "run/mark").write_text(content)
+    assert {path.name: (path / "mark").read_text() for path in tmp_path.iterdir()} == {
+        "run.1": "first",
+        "run.2": "second",
+        "run": "third",
+    }
+
+
+def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    open_run_folder(config(tmp_path / "run"), None, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_resumed_run_stays_and_loses_only_what_was_unfinished(tmp_path: Path) -> None:
+    run = config(tmp_path / "run")
+    resume = write_checkpoint(run, 2)
+    (tmp_path / "run/checkpoints/.step-00000003-abc").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    open_run_folder(run, resume, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"step-00000002", "latest"}
+    assert (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_ranks_other_than_0_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    open_run_folder(config(tmp_path / "run"), None, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_CONF", "not of interest")
+    found = environment(["node-a", "node-b"])
+    assert found["hosts"] == ["node-a", "node-b"]
+    assert found["argv"] == sys.argv
+    assert found["slurm"] == {"SLURM_JOB_ID": "17"}
+    assert found["packages"]["torch"] and found["packages"]["qvtune"]
+    assert found["packages"].keys() >= {"deepspeed", "flash-attn"}, "what is not installed is there as null"
+    json.dumps(found)
