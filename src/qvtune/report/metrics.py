@@ -21,7 +21,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, event: str, **fields: Any) -> None:
-        """One line, handed to the operating system when this returns: {"event", "time" (seconds since 1970), ...fields}."""
+        """One line, given to the operating system at once: {"event", "time" (seconds since 1970), ...fields}."""
         self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
         self._file.flush()
         if event in ("step", "eval"):

@@ -129,7 +129,7 @@ def prepare(config: RunConfig) -> Run:
 def _resume_line(planned: Plan, state: TrainerState) -> str:
     line = f"going on from {planned.resume}, step {state.step} of {planned.max_steps}"
     if planned.max_steps != state.max_steps:
-        line += f"; it was {state.max_steps} before, so the learning rates to come follow the schedule of the new length"
+        line += f"; it was {state.max_steps}, so the learning rates to come follow another schedule"
     return line
 
 
