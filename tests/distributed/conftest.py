@@ -1,0 +1,142 @@
+"""The launches, each made once: a start costs ten seconds a process, a job less than one."""
+
+import json
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from qvtune.paths import repository
+from tests.distributed.lab import Job, Lab, make_lab, poison
+from tests.distributed.worker import LEAKING
+from tests.varlen_attention import VARLEN
+
+Results = list[dict[str, Any]]  # of each rank: name of the job -> what it returned
+
+# Runs on 2 ranks that differ from "plain" by rounding alone -> what they change.
+EQUIVALENT: dict[str, dict[str, Any]] = {
+    "micro_batch": {"train__micro_batch_size": 3},
+    "activation_checkpointing": {"train__activation_checkpointing": True},
+    "zero2": {"deepspeed": "zero2.json"},
+    "zero3_offload": {"deepspeed": "zero3_offload.json"},
+}
+DROPOUT = {"adapter__dropout": 0.1}
+ZERO2 = {"deepspeed": "zero2.json"}
+STOP = {"train__stop_after_step": 3}
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    lab = make_lab(tmp_path_factory.mktemp("distributed"))
+    poison(lab)
+    hpz = json.loads((repository() / "ds_configs" / "zero3_hpz.json").read_text())
+    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2  # both ranks are one node
+    (lab.folder / "zero3_hpz.json").write_text(json.dumps(hpz))
+    return lab
+
+
+@pytest.fixture(scope="session")
+def one(lab: Lab) -> Results:
+    """1 rank."""
+    jobs = [
+        _base(lab, "one-base"),
+        _base(lab, "one-unquantized", model__quantization="none"),
+        _train(lab, "one"),
+        _train(lab, "one-micro_batch", train__micro_batch_size=2),
+    ]
+    return _launch(lab, "one", 1, jobs)
+
+
+@pytest.fixture(scope="session")
+def two(lab: Lab) -> Results:
+    """2 ranks; the last job kills them with signal 9."""
+    jobs = [
+        _base(lab, "two-base"),
+        _base(lab, "two-unquantized", model__quantization="none"),
+        _train(lab, "plain", data__eval=str(lab.folder / "eval.jsonl"), train__eval_every=2),
+        *(_train(lab, name, **changes) for name, changes in EQUIVALENT.items()),
+        _train(lab, "zero3_hpz", deepspeed=str(lab.folder / "zero3_hpz.json")),
+        {**_train(lab, "varlen"), "attention": VARLEN},
+        {**_train(lab, "leaking"), "attention": LEAKING, "error": "RuntimeError"},
+        _train(lab, "rates", **_rates()),
+        {**_train(lab, "rare", **_rare(lab)), "error": "RuntimeError"},
+        _train(lab, "dropout", **DROPOUT),
+        _train(lab, "stopped", **STOP),
+        _train(lab, "stopped-dropout", **STOP, **DROPOUT),
+        _train(lab, "stopped-zero2", **STOP, **ZERO2),
+        {**_train(lab, "terminated"), "signal_at": {"step": 3, "number": signal.SIGTERM, "rank": 1}},
+        {**_train(lab, "killed", train__save_every=3), "signal_at": {"step": 5, "number": signal.SIGKILL}},
+    ]
+    results = _launch(lab, "two", 2, jobs, unfinished=["killed"])
+    for copy in ("refused", "stopped-on-three"):
+        lab.copy_run("stopped", copy)
+    return results
+
+
+@pytest.fixture(scope="session")
+def two_later(lab: Lab, two: Results) -> Results:
+    """2 ranks in new processes, where the stopped and the killed runs go on."""
+    jobs = [
+        _train(lab, "again"),
+        {**_train(lab, "refused", optimizer__lr=1.0, adapter__projections=["q", "v", "o"]), "error": "UserError"},
+        _train(lab, "stopped"),
+        _train(lab, "stopped-dropout", **DROPOUT),
+        _train(lab, "stopped-zero2", **ZERO2),
+        _train(lab, "terminated"),
+        _train(lab, "killed", train__save_every=3),
+    ]
+    return _launch(lab, "two_later", 2, jobs)
+
+
+@pytest.fixture(scope="session")
+def three(lab: Lab, two: Results) -> Results:
+    """3 ranks, among which nothing divides evenly."""
+    jobs = [
+        _base(lab, "three-base"),
+        _base(lab, "three-unquantized", model__quantization="none"),
+        _train(lab, "three"),
+        _train(lab, "stopped-on-three"),
+    ]
+    return _launch(lab, "three", 3, jobs)
+
+
+def _base(lab: Lab, name: str, **changes: Any) -> Job:
+    return {"name": name, "do": "base", "config": lab.config(name, **changes)}
+
+
+def _train(lab: Lab, name: str, **changes: Any) -> Job:
+    return {"name": name, "do": "train", "config": lab.config(name, **changes)}
+
+
+def _rates() -> dict[str, Any]:
+    """Three multipliers and a group without one; the full rate from the first step, and an eps of nothing."""
+    return {
+        "adapter__projections": ["q", "k", "v"],
+        "optimizer__lr_multipliers": {r"layers\.0\..*\.v_proj": 8.0, "v": 4.0, "k": 0.5},
+        "optimizer__eps": 1e-12,
+        "schedule__warmup_ratio": 0.0,
+        "schedule__name": "constant",
+        "train__max_steps": 2,
+        "train__save_every": 1,
+    }
+
+
+def _rare(lab: Lab) -> dict[str, Any]:
+    return {
+        "model__name_or_path": str(lab.folder / "poisoned"),
+        "data__train": str(lab.folder / "rare.jsonl"),
+        "data__packing": False,
+        "train__max_steps": 10,  # an epoch
+        "train__save_every": 1,
+    }
+
+
+def _launch(lab: Lab, name: str, num_ranks: int, jobs: Sequence[Job], unfinished: Sequence[str] = ()) -> Results:
+    ended = lab.launch(name, num_ranks, jobs)
+    output = "\n".join(f"rank {rank}: {end.output}" for rank, end in enumerate(ended))
+    assert all((end.code != 0) is bool(unfinished) for end in ended), output
+    results = lab.results(name, num_ranks)
+    done = [job["name"] for job in jobs if job["name"] not in unfinished]
+    assert all(list(result) == done for result in results), output
+    return results

@@ -1,0 +1,95 @@
+"""The same training without this project's model, loss and loop: transformers, PEFT and torch in one process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from qvtune.config.schema import RunConfig
+from qvtune.data.dataset import TokenRows, build_token_rows
+from qvtune.data.order import rows_of_step
+from qvtune.data.packing import PackedRow
+from tests.distributed.lab import MAX_GRAD_NORM, Lab
+
+# Linear, 6 steps, warmup_ratio 0.3 = 2 steps, then in 4 equal steps towards min_ratio 0.1 for a seventh step; by hand.
+MULTIPLIERS = (0.5, 1.0, 1.0, 0.775, 0.55, 0.325)
+
+Load = Callable[[Path], Any]
+
+
+def four_bit_model(folder: Path) -> Any:
+    """As transformers loads it. In training mode, because bitsandbytes has other kernels for inference on a CPU."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+    return model.train()
+
+
+def plain_model(folder: Path) -> Any:
+    """In float32, as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def rounded_model(folder: Path) -> Any:
+    """Plain float32 matrices that hold the values of the 4-bit ones."""
+    plain = plain_model(folder)
+    for name, module in four_bit_model(folder).named_modules():
+        if isinstance(module, Linear4bit):
+            weight: Any = module.weight
+            plain.get_submodule(name).weight.data = bnb.dequantize_4bit(weight.data, weight.quant_state)
+    return plain
+
+
+def token_rows(lab: Lab) -> TokenRows:
+    """The rows that a run of ``lab`` trains on."""
+    config = RunConfig.model_validate(lab.config("reference"))
+    tokenizer = AutoTokenizer.from_pretrained(lab.folder / "model")
+    return build_token_rows(Path(config.data.train), "data.train", config.data, tokenizer, lab.folder / "tokens")
+
+
+def summed_loss(model: Any, row: PackedRow) -> torch.Tensor:
+    """Of the documents of a row, each by itself."""
+    total, start = torch.zeros(()), 0
+    for length in row.document_lengths.tolist():
+        ids, labels = (torch.tensor(part[start : start + length]).long() for part in (row.input_ids, row.labels))
+        logits_TV = model(input_ids=ids[None]).logits[0]
+        total = total + cross_entropy(logits_TV[:-1], labels[1:], reduction="sum")
+        start += length
+    return total
+
+
+def train(lab: Lab) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of ``lab.config(...)`` without changes."""
+    config, rows = RunConfig.model_validate(lab.config("reference")), token_rows(lab)
+    torch.manual_seed(config.train.seed)
+    model: Any = get_peft_model(
+        rounded_model(lab.folder / "model"),
+        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]),
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    q, v = ([parameter for name, parameter in trained.items() if key in name] for key in ("q_proj", "v_proj"))
+    assert len(q) == len(v) == 4 and len(trained) == 8
+    optimizer = torch.optim.AdamW([{"params": q, "rate": 1e-2}, {"params": v, "rate": 4e-2}], weight_decay=0.0)
+    losses, norms = [], []
+    for step, multiplier in enumerate(MULTIPLIERS):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * multiplier
+        mine = [rows[int(index)] for index in rows_of_step(step, 6, len(rows), config.train.seed)]
+        num_labels = sum(int((row.labels != -100).sum()) for row in mine)
+        loss = torch.stack([summed_loss(model, row) for row in mine]).sum() / num_labels
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(list(trained.values()), max_norm=MAX_GRAD_NORM)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, norms

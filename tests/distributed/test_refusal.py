@@ -1,0 +1,28 @@
+"""What must end a run on all ranks."""
+
+import re
+
+from qvtune.checkpoint.folder import newest
+from tests.distributed.conftest import Results
+from tests.distributed.lab import Lab
+
+
+def test_attention_that_leaks_between_documents_ends_the_run(lab: Lab, two: Results) -> None:
+    for result in two:
+        assert "lets documents see each other" in result["leaking"]["message"]
+    assert lab.events("leaking", "step") == []
+    assert newest(lab.run_dir("leaking") / "checkpoints") is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks(lab: Lab, two: Results) -> None:
+    """One row of the data, hence one rank in one step, meets a token whose embedding is NaN."""
+    messages = {result["rare"]["message"] for result in two}
+    assert len(messages) == 1
+    found = re.match(r"step (\d+): the loss is nan", messages.pop())
+    assert found is not None
+    bad_step = int(found[1])
+    assert 1 < bad_step <= 10
+    assert [entry["step"] for entry in lab.events("rare", "step")] == list(range(1, bad_step))
+    assert (
+        newest(lab.run_dir("rare") / "checkpoints") == lab.run_dir("rare") / "checkpoints" / f"step-{bad_step - 1:08d}"
+    )

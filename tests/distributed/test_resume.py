@@ -1,0 +1,47 @@
+"""Stopping, dying and going on."""
+
+import pytest
+
+from tests.distributed.conftest import Results
+from tests.distributed.lab import MAX_STEPS, Lab
+
+
+@pytest.mark.parametrize(
+    ("stopped", "uninterrupted"),
+    [("stopped", "plain"), ("stopped-dropout", "dropout"), ("stopped-zero2", "zero2"), ("terminated", "plain")],
+)
+def test_a_stopped_run_goes_on_exactly(
+    lab: Lab, two: Results, two_later: Results, stopped: str, uninterrupted: str
+) -> None:
+    """75 after a checkpoint of step 3, by setting or by a signal to one rank; then the same numbers, bit for bit."""
+    assert [result[stopped] for result in two] == [{"code": 75}] * 2
+    assert [result[stopped] for result in two_later] == [{"code": 0}] * 2
+    assert [entry["step"] for entry in lab.events(stopped, "step")] == list(range(1, MAX_STEPS + 1))
+    assert [entry["step"] for entry in lab.events(stopped, "checkpoint")] == [3, MAX_STEPS]
+    assert lab.losses(stopped) == lab.losses(uninterrupted)
+    assert lab.grad_norms(stopped) == lab.grad_norms(uninterrupted)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(lab: Lab, two_later: Results) -> None:
+    """Killed with signal 9 as step 5 began, with a checkpoint of step 3: step 4 runs twice."""
+    assert [entry["step"] for entry in lab.events("killed", "step")] == [1, 2, 3, 4, 4, 5, 6]
+    assert [entry["step"] for entry in lab.events("killed", "run_end")] == [MAX_STEPS]
+    assert lab.losses("killed") == lab.losses("plain")
+    first, second = (entry["loss"] for entry in lab.events("killed", "step") if entry["step"] == 4)
+    assert first == second
+
+
+def test_a_run_goes_on_with_more_ranks(lab: Lab, three: Results) -> None:
+    assert [entry["world_size"] for entry in lab.events("stopped-on-three", "run_start")] == [2, 3]
+    assert [result["stopped-on-three"] for result in three] == [{"code": 0}] * 3
+    assert lab.losses("stopped-on-three")[:3] == lab.losses("plain")[:3]
+    # the order of float32 sums over ranks is another
+    assert lab.losses("stopped-on-three") == pytest.approx(lab.losses("plain"), rel=1e-5)
+
+
+def test_other_settings_are_refused_and_listed(lab: Lab, two_later: Results) -> None:
+    for result in two_later:
+        message = result["refused"]["message"]
+        assert "optimizer.lr: 1.0 now, 0.01 in the checkpoint" in message
+        assert "adapter.projections: ['q', 'v', 'o'] now, ['q', 'v'] in the checkpoint" in message
+    assert len(lab.events("refused", "run_start")) == 1  # that of the run it is a copy of

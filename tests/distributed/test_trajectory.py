@@ -1,0 +1,59 @@
+"""Runs that must train alike: by the number of ranks, by how a step is split, by where things are kept."""
+
+import pytest
+
+from tests.distributed import reference
+from tests.distributed.conftest import EQUIVALENT, Results
+from tests.distributed.lab import MAX_GRAD_NORM, MAX_STEPS, Lab
+
+# float32 sums in another order: 1e-7 a step, a little more after AdamW has divided small numbers by small numbers
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Lab, two: Results) -> list[float]:
+    """Losses of the run on 2 ranks that all others are compared with."""
+    assert [result["plain"] for result in two] == [{"code": 0}] * 2
+    return lab.losses("plain")
+
+
+def test_it_equals_an_independent_training_loop(lab: Lab, plain: list[float]) -> None:
+    losses, grad_norms = reference.train(lab)
+    assert plain == pytest.approx(losses, rel=ROUNDING)
+    assert lab.grad_norms("plain") == pytest.approx(grad_norms, rel=1e-4)  # a norm of differences of the above
+    assert min(grad_norms) < MAX_GRAD_NORM < max(grad_norms)  # some steps are clipped, some are not
+
+
+@pytest.mark.parametrize("launch", ["one", "three"])
+def test_the_number_of_ranks_does_not_matter(
+    lab: Lab, plain: list[float], launch: str, request: pytest.FixtureRequest
+) -> None:
+    results = request.getfixturevalue(launch)
+    assert [result[launch] for result in results] == [{"code": 0}] * len(results)
+    assert lab.losses(launch) == pytest.approx(plain, rel=ROUNDING)
+
+
+def test_two_rows_at_a_time_on_one_rank(lab: Lab, plain: list[float], one: Results) -> None:
+    assert one[0]["one-micro_batch"] == {"code": 0}
+    assert lab.losses("one-micro_batch") == pytest.approx(plain, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("name", [*EQUIVALENT, "zero3_hpz", "varlen"])
+def test_equivalent_settings(lab: Lab, two: Results, plain: list[float], name: str) -> None:
+    assert [result[name] for result in two] == [{"code": 0}] * 2
+    assert lab.losses(name) == pytest.approx(plain, rel=ROUNDING)
+
+
+def test_the_same_run_again_gives_the_same_numbers(lab: Lab, plain: list[float], two_later: Results) -> None:
+    assert lab.losses("again") == plain
+    assert lab.grad_norms("again") == lab.grad_norms("plain")
+
+
+def test_dropout_is_on_and_differs_between_steps(lab: Lab, plain: list[float]) -> None:
+    assert lab.losses("dropout") != pytest.approx(plain, rel=1e-3)
+
+
+def test_it_learns_and_evaluates(lab: Lab, plain: list[float]) -> None:
+    evaluations = lab.events("plain", "eval")
+    assert [entry["step"] for entry in evaluations] == [0, 2, 4, MAX_STEPS]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]

@@ -1,0 +1,142 @@
+"""One rank of a test: python -m tests.distributed.worker JOBS.json FOLDER
+
+JOBS.json is a list of {"name", "do": one of JOBS, ...its arguments}. They run in this one process, since starting it
+costs more than all of them; what a job returns is kept under its name in FOLDER/rank-N.json. A job that fails ends it.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes.functional as bnb
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from qvtune.base.nf4 import NF4Linear
+from qvtune.cluster import distributed
+from qvtune.config.schema import RunConfig
+from qvtune.data.batch import collate
+from qvtune.data.order import rows_of_step
+from qvtune.errors import UserError
+from qvtune.train import loop
+from qvtune.train.prepare import prepare
+from tests.varlen_attention import register_varlen
+
+LEAKING = "leaking"  # beside the VARLEN of tests/varlen_attention.py
+
+
+def leaking_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **unused: Any
+) -> tuple[torch.Tensor, None]:
+    """[B, heads, T, D] -> [B, T, heads, D], causal over the whole row: a kernel that is not told of the documents."""
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+
+def train(
+    config: dict[str, Any],
+    attention: str = "sdpa",
+    signal_at: dict[str, int] | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """The real ``train``: its exit code, or the message of the ``error`` that must come.
+
+    ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``.
+    """
+    expected: Any = {"UserError": UserError, "RuntimeError": RuntimeError, None: ()}[error]
+    with (
+        patch("qvtune.train.prepare.choose_attention", lambda setting, dtype: (attention, "of the test")),
+        patch("qvtune.train.loop.rows_of_step", SignalAt(**signal_at) if signal_at else rows_of_step),
+    ):
+        try:
+            return {"code": loop.train(RunConfig.model_validate(config))}
+        except expected as raised:
+            return {"message": str(raised)}
+
+
+class SignalAt:
+    """``rows_of_step`` that sends this process one signal when ``step`` begins; on all ranks, or on ``rank`` alone."""
+
+    def __init__(self, step: int, number: int, rank: int | None = None) -> None:
+        self.step, self.number = step, number
+        self.sent = rank is not None and rank != distributed.rank()
+
+    def __call__(self, step: int, *arguments: Any) -> Any:
+        if step + 1 == self.step and not self.sent:
+            self.sent = True
+            if self.number == signal.SIGKILL:
+                distributed.barrier()  # the step before is done on all ranks
+            os.kill(os.getpid(), self.number)
+        return rows_of_step(step, *arguments)
+
+
+def base(config: dict[str, Any]) -> dict[str, Any]:
+    """A prepared run's base against the file and bitsandbytes, and its loss on the first row of the data."""
+    run = prepare(RunConfig.model_validate(config))
+    tensors = {name: tensor.float() for name, tensor in load_file(run.plan.folder / "model.safetensors").items()}
+    checked, different = [], []
+    for path, module in run.engine.module.model.get_base_model().named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            continue
+        expected = _expected_pieces(module, tensors, path.replace(".base_layer", ""))
+        checked += [f"{path}.{piece}" for piece in expected]
+        different += [f"{path}.{piece}" for piece in _unequal_pieces(module, expected)]
+    with torch.no_grad():
+        summed = run.engine(collate([run.plan.rows[0]], run.plan.pad_token_id)).item()
+    return {
+        "checked": checked,
+        "different": different,
+        "loss": summed / int(run.plan.rows.num_label_tokens[0]),
+        "base_bytes": run.load.base_bytes,
+    }
+
+
+def _expected_pieces(module: Any, tensors: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """What a module's own parameters and its offset must be, made from whole tensors."""
+    if not isinstance(module, NF4Linear):
+        return {name: tensors[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)}
+    codes, state = bnb.quantize_4bit(
+        tensors[f"{path}.weight"], blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    return {"weight": codes, "absmax": state.absmax, "nested_absmax": state.state2.absmax, "offset": state.offset}
+
+
+def _unequal_pieces(module: Any, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the pieces that differ in any bit. NF4's lie in fp32 storage, zeros at the end."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(module.parameters(recurse=False))):
+        stored = {name: _bytes(getattr(module, name)) for name in expected}
+        return [
+            name for name, piece in expected.items() if not torch.equal(stored[name][: piece.nbytes], _bytes(piece))
+        ]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+JOBS = {"train": train, "base": base}
+
+
+def main() -> None:
+    """Run the jobs."""
+    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    distributed.start()
+    register_varlen()
+    AttentionInterface.register(LEAKING, leaking_attention)
+    results: dict[str, Any] = {}
+    for job in jobs:
+        arguments = {key: value for key, value in job.items() if key not in ("name", "do")}
+        results[job["name"]] = JOBS[job["do"]](**arguments)
+        (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(results))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

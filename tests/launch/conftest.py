@@ -1,0 +1,43 @@
+"""The command, a recipe for it, and the launchers that it runs under."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.distributed.lab import Lab, make_lab
+from tests.processes import REPOSITORY, Finished, run_command
+
+TRAIN = REPOSITORY / "launch" / "train.py"
+LAUNCHERS: dict[str, list[str]] = {
+    "deepspeed": ["deepspeed", "--num_gpus", "2"],
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
+    "python": ["python"],
+}
+
+# It gives its ranks the GPUs by number, whatever is hidden from it.
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="deepspeed would run it on GPUs; run on a machine without"
+)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Beside the lab's model and data, ``recipe.yaml``: two steps with a checkpoint after each."""
+    lab = make_lab(tmp_path_factory.mktemp("launch"))
+    changes = {"train__max_steps": 2, "train__save_every": 1, "data__eval": str(lab.folder / "eval.jsonl")}
+    (lab.folder / "recipe.yaml").write_text(yaml.safe_dump(lab.config("recipe", **changes)))
+    return lab
+
+
+def train(lab: Lab, launcher: str, name: str, *overrides: str) -> Finished:
+    """Run the recipe under a launcher into ``lab.run_dir(name)``."""
+    command: list[str | Path] = [
+        *LAUNCHERS[launcher],
+        TRAIN,
+        "--config",
+        lab.folder / "recipe.yaml",
+        f"run_dir={lab.run_dir(name)}",
+    ]
+    return run_command([*command, *overrides], lab.folder / "output" / name, timeout=240, **lab.environment)

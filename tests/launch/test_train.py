@@ -1,0 +1,139 @@
+"""launch/train.py as it is typed: under deepspeed, torchrun and plain python."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from transformers import AutoModelForCausalLM
+
+from qvtune.config.load import load_config
+from tests.distributed.lab import Lab
+from tests.launch.conftest import TRAIN, train, without_gpu
+
+NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
+FIELDS = {
+    "run_start": {"step", "max_steps", "world_size", "resumed_from"},
+    "base_loaded": {"seconds", "bytes_read", "base_bytes", "peak_rss_bytes"},
+    "step": {"step", "loss", "tokens", "label_tokens", "seconds", "grad_norm", "lr"},
+    "eval": {"step", "loss", "seconds"},
+    "checkpoint": {"step", "bytes", "blocked_seconds"},
+    "run_end": {"step", "reason", "seconds", "peak_rss_bytes", "peak_device_bytes"},
+}
+
+
+@pytest.fixture(scope="session")
+def python(lab: Lab) -> str:
+    """Name of a complete run as one process, which has found an earlier run in its place."""
+    (lab.run_dir("python") / "checkpoints").mkdir(parents=True)
+    (lab.run_dir("python") / "metrics.jsonl").write_text("of the earlier run")
+    return _complete(lab, "python")
+
+
+@pytest.fixture(scope="session")
+def deepspeed(lab: Lab) -> str:
+    return _complete(lab, "deepspeed")
+
+
+@pytest.fixture(scope="session")
+def torchrun(lab: Lab) -> str:
+    return _complete(lab, "torchrun")
+
+
+@pytest.fixture(params=["python", "torchrun", pytest.param("deepspeed", marks=without_gpu)])
+def run(request: pytest.FixtureRequest) -> str:
+    """Name of a run that has been completed, and of its launcher."""
+    name: str = request.getfixturevalue(request.param)
+    return name
+
+
+def _complete(lab: Lab, launcher: str) -> str:
+    ended = train(lab, launcher, launcher, "checkpoint.resume=never")
+    assert ended.code == 0, ended.output
+    return launcher
+
+
+def test_the_record_is_complete(lab: Lab, run: str) -> None:
+    """Every event of DESIGN.md with its fields, and no other."""
+    lines = [json.loads(line) for line in (lab.run_dir(run) / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["event"], line.get("step")) for line in lines] == [
+        ("run_start", 0),
+        ("base_loaded", None),
+        ("eval", 0),
+        ("step", 1),
+        ("checkpoint", 1),
+        ("step", 2),
+        ("eval", 2),
+        ("checkpoint", 2),
+        ("run_end", 2),
+    ]
+    for line in lines:
+        assert line.keys() == FIELDS[line["event"]] | {"event", "time"}
+    assert lines[0]["world_size"] == NUM_RANKS[run]
+    assert lines[3]["lr"].keys() == {"q", "v"}
+
+
+def test_all_launchers_train_alike(lab: Lab, run: str, python: str) -> None:
+    """1e-5: float32 sums in another order, on another number of ranks."""
+    losses, expected = ([entry["loss"] for entry in lab.events(name, "step")] for name in (run, python))
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_configuration_can_be_loaded_again(lab: Lab, run: str) -> None:
+    config = load_config(lab.run_dir(run) / "config.yaml")
+    recipe = load_config(lab.folder / "recipe.yaml")
+    assert config.checkpoint.resume == "never"
+    assert config == recipe.model_copy(update={"run_dir": str(lab.run_dir(run)), "checkpoint": config.checkpoint})
+
+
+def test_the_environment_is_recorded(lab: Lab, run: str) -> None:
+    environment = json.loads((lab.run_dir(run) / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["world_size"] == NUM_RANKS[run] == len(environment["hosts"])
+    assert environment["argv"][0] == str(TRAIN) and "checkpoint.resume=never" in environment["argv"]
+    resolved = json.loads((lab.run_dir(run) / "deepspeed.json").read_text())
+    assert resolved["gradient_accumulation_steps"] == 6 // NUM_RANKS[run]
+
+
+def test_tensorboard_shows_the_losses(lab: Lab, run: str) -> None:
+    board = EventAccumulator(str(lab.run_dir(run) / "tensorboard"))
+    board.Reload()
+    shown = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
+    assert shown == {entry["step"]: pytest.approx(entry["loss"], rel=1e-6) for entry in lab.events(run, "step")}
+    assert [scalar.step for scalar in board.Scalars("eval/loss")] == [0, 2]
+
+
+def test_peft_loads_the_checkpoint_as_it_is(lab: Lab, run: str) -> None:
+    checkpoint = lab.run_dir(run) / "checkpoints" / "latest"
+    assert checkpoint.resolve().name == "step-00000002"
+    base = AutoModelForCausalLM.from_pretrained(lab.folder / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, checkpoint)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert (adapted - model(input_ids=ids).logits).abs().max() > 1e-3
+    stored = load_file(checkpoint / "adapter_model.safetensors")
+    for name, tensor in stored.items():
+        loaded = model.get_parameter(name.replace(".weight", ".default.weight"))
+        assert torch.equal(loaded, tensor), name
+
+
+def test_an_earlier_run_is_moved_aside(lab: Lab, python: str) -> None:
+    aside = lab.run_dir("python.1")
+    assert (aside / "metrics.jsonl").read_text() == "of the earlier run"
+    assert (aside / "checkpoints").is_dir()
+
+
+def test_a_changed_setting_is_refused_at_resume(lab: Lab, python: str) -> None:
+    before = (lab.run_dir("python") / "metrics.jsonl").read_bytes()
+    ended = train(lab, "python", "python", "optimizer.lr=1.0", "data.max_length=32")
+    assert ended.code == 2, ended.output
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert lines[0] == "error: data.max_length: 32 now, 64 in the checkpoint"
+    assert lines[1] == "error: optimizer.lr: 1.0 now, 0.01 in the checkpoint"
+    assert "checkpoint.resume=never" in lines[2]
+    assert "Traceback" not in ended.stderr
+    assert (lab.run_dir("python") / "metrics.jsonl").read_bytes() == before
