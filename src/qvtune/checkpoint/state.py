@@ -25,11 +25,11 @@ class TrainerState:
     """Counters of a run. ``step`` of ``max_steps`` are done; ``trajectory`` are the settings that decide the losses."""
 
     step: int = 0
-    max_steps: int = 0
     tokens: int = 0
     label_tokens: int = 0
     eval_losses: dict[int, float] = field(default_factory=dict)
     trajectory: dict[str, Any] = field(default_factory=dict)
+    max_steps: int = 0
 
 
 def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
