@@ -1,5 +1,6 @@
 """Proof at start-up that packed documents do not see each other, with the attention that will be used."""
 
+import math
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def check_isolation(engine: Any, batch: Batch, dtype: torch.dtype) -> str:
     """Run a packed batch and its documents one a row; the losses must agree. Returns the line for the log; collective.
 
-    Raises RuntimeError where they do not: the attention implementation ignores the document boundaries.
+    Raises RuntimeError where they do not: the attention implementation ignores the document boundaries; and where the
+    loss is not finite to begin with.
     """
     engine.eval()
     packed, apart = engine(batch).item(), engine(separate(batch)).item()
     engine.train()
+    if not math.isfinite(distributed.sum_over_ranks(packed)[0]):
+        raise RuntimeError("the loss of the first batch is not finite, before any training: look at the base")
     difference = distributed.max_over_ranks(abs(packed - apart) / max(1, batch.num_label_tokens))[0]
     if not difference <= _TOLERANCE[dtype]:
         raise RuntimeError(
