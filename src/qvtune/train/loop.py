@@ -90,7 +90,8 @@ def train(config: RunConfig) -> int:
                     loss_sum, stopping = distributed.sum_over_ranks(loss_sum, float(bool(stop)))
                     _require_finite("loss", loss_sum, state.step + 1)
                 engine.step()
-            grad_norm = float(engine.get_global_grad_norm())
+            # In bfloat16 DeepSpeed leaves out a step whose gradients are not finite, and says so here alone.
+            grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
             _require_finite("gradient norm", grad_norm, state.step + 1)
 
             state.step += 1

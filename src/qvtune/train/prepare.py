@@ -120,9 +120,7 @@ def prepare(config: RunConfig) -> Run:
         state.max_steps = planned.max_steps
     else:
         state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
-    engine = _start_engine(model, config, planned)
-    if planned.resume is not None:
-        checkpoint_state.load_optimizer(planned.resume, engine, state.step)
+    engine = _start_engine(model, config, planned, state)
     return Run(engine, planned, run_dir, state, load)
 
 
@@ -148,8 +146,8 @@ def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport
     return model, load
 
 
-def _start_engine(model: nn.Module, config: RunConfig, planned: Plan) -> Any:
-    """The DeepSpeed engine around the objective, its groups proved."""
+def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, state: TrainerState) -> Any:
+    """The DeepSpeed engine around the objective, with the checkpoint's moments if there is one; its groups proved."""
     import deepspeed
 
     section = config.optimizer
@@ -170,6 +168,8 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan) -> Any:
     for name, buffer in model.named_buffers():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffers[name].to(buffer.device))
+    if planned.resume is not None:
+        checkpoint_state.load_optimizer(planned.resume, engine, state.step)
     assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
     if distributed.is_main():
         for group in groups:
