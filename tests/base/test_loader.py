@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qvtune.base.loader import check_tensors, fill, load_whole
-from qvtune.base.model import SUPPORTED_FAMILIES, build_skeleton, read_model_config
+from qvtune.base.loader import fill, load_whole, open_base
+from qvtune.base.model import SUPPORTED_FAMILIES
 from qvtune.base.nf4 import NF4Linear
 from qvtune.base.shard import Whole
-from qvtune.base.source import open_weights
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from tests.tiny import VOCABULARY, make_model_folder
@@ -106,9 +105,8 @@ def test_a_tied_head_is_one_parameter_read_once(tmp_path: Path) -> None:
 def test_bytes_read_and_bytes_kept(tmp_path: Path, tie: bool) -> None:
     folder = make_model_folder(tmp_path / "model", tie=tie)
     stored = load_file(folder / "model.safetensors")
-    weights = open_weights(folder)
-    skeleton = build_skeleton(read_model_config(folder, ModelSection()), ModelSection(), torch.float32, "sdpa")
-    report = fill(skeleton, weights, Whole(CPU), torch.float32, gather=lambda own: [own])
+    base = open_base(folder, ModelSection(), torch.float32, "sdpa")
+    report, _ = fill(base, Whole(CPU), torch.float32, gather=lambda own: [own])
     assert report.bytes_read == sum(tensor.nbytes for tensor in stored.values()), "every byte once"
 
     def kept(name: str, tensor: torch.Tensor) -> int:
@@ -158,5 +156,4 @@ def test_a_tied_head_may_be_stored_as_well(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "tied", tie=True)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(folder, **{"lm_head.weight": embedding.clone()})
-    skeleton = build_skeleton(read_model_config(folder, ModelSection()), ModelSection(), torch.float32, "sdpa")
-    check_tensors(skeleton, open_weights(folder))
+    open_base(folder, ModelSection(), torch.float32, "sdpa")

@@ -41,8 +41,8 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_are_quantized_already_are_refused(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / "model")
-    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(UserError, match="already quantized; give the folder of the original weights"):
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match="quantized by 'gptq'; give the folder of the original weights"):
         read_model_config(folder, ModelSection())
 
 

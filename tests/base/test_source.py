@@ -157,7 +157,11 @@ def test_a_model_folder_is_one_with_a_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("empty", "is a folder without config.json"), ("nothing/here", "is not a folder"), ("org/model", "Hub ids")],
+    [
+        ("empty", "is a folder without config.json"),
+        ("no/such/folder", "is not a folder"),
+        ("org/model", "hf download org/model"),
+    ],
 )
 def test_what_is_no_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)

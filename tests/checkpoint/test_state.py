@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.loader import load_whole
-from qvtune.checkpoint.state import TrainerState, load_adapter, load_trainer_state, save
+from qvtune.checkpoint.state import TrainerState, load_adapter, load_trainer_state, require_base, save
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
+
+BASE = {"model.norm.weight": "bfloat16[64] 0123456789abcdef"}
 
 
 def adapted(folder: Path, **section: Any) -> Any:
@@ -39,7 +41,7 @@ def save_checkpoint(model: Any, folder: Path, trainer: TrainerState | None = Non
         }
         for name, parameter in trainable(model)
     }
-    save(folder, state, model.peft_config["default"], trainer or TrainerState())
+    save(folder, state, model.peft_config["default"], trainer or TrainerState(), BASE)
 
 
 def test_peft_reads_the_adapter_as_it_is(llama_fp32_folder: Path, tmp_path: Path) -> None:
@@ -107,3 +109,15 @@ def test_a_file_of_another_program_is_refused(llama_fp32_folder: Path, tmp_path:
     save_file({"weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="weight has no place in this run's adapter"):
         load_adapter(tmp_path, adapted(llama_fp32_folder))
+
+
+def test_another_base_is_refused_by_tensor(llama_fp32_folder: Path, tmp_path: Path) -> None:
+    save_checkpoint(adapted(llama_fp32_folder), tmp_path)
+    require_base(tmp_path, BASE)
+    other = {"model.norm.weight": "bfloat16[64] fedcba9876543210", "lm_head.weight": "bfloat16[9, 64] 0000000000000000"}
+    with pytest.raises(UserError) as caught:
+        require_base(tmp_path, other)
+    head, norm, advice = caught.value.problems
+    assert "'lm_head.weight' is bfloat16[9, 64] 0000000000000000, expected none" in head
+    assert "'model.norm.weight' is bfloat16[64] fedcba9876543210, expected bfloat16[64] 0123456789abcdef" in norm
+    assert "was trained on another base" in advice

@@ -1,14 +1,16 @@
 """The launches, each made once: a start costs ten seconds a process, a job less than one."""
 
 import json
+import shutil
 import signal
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from qvtune.base.quantize import quantize
 from qvtune.paths import repository
-from tests.distributed.lab import Job, Lab, make_lab, poison
+from tests.distributed.lab import Job, Lab, change_one_weight, make_lab, poison
 from tests.distributed.worker import LEAKING
 from tests.varlen_attention import VARLEN
 
@@ -30,6 +32,8 @@ STOP = {"train__stop_after_step": 3}
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab = make_lab(tmp_path_factory.mktemp("distributed"))
     poison(lab)
+    quantize(lab.folder / "model", lab.folder / "nf4")
+    shutil.copytree(lab.folder / "model", lab.folder / "other")
     hpz = json.loads((repository() / "ds_configs" / "zero3_hpz.json").read_text())
     hpz["zero_optimization"]["zero_hpz_partition_size"] = 2  # both ranks are one node
     (lab.folder / "zero3_hpz.json").write_text(json.dumps(hpz))
@@ -60,7 +64,10 @@ def two(lab: Lab) -> Results:
         {**_train(lab, "varlen"), "attention": VARLEN},
         {**_train(lab, "leaking"), "attention": LEAKING, "error": "RuntimeError"},
         _train(lab, "rates", **_rates()),
-        {**_train(lab, "rare", **_rare(lab)), "error": "RuntimeError"},
+        {**_train(lab, "rare", **_rare(lab)), "error": "RuntimeError", "unchecked_base": True},
+        {**_train(lab, "poisoned", model__name_or_path=str(lab.folder / "poisoned")), "error": "UserError"},
+        _train(lab, "nf4_folder", model__name_or_path=str(lab.folder / "nf4")),
+        _train(lab, "other_base", model__name_or_path=str(lab.folder / "other"), **STOP),
         _train(lab, "dropout", **DROPOUT),
         _train(lab, "stopped", **STOP),
         _train(lab, "stopped-dropout", **STOP, **DROPOUT),
@@ -69,6 +76,7 @@ def two(lab: Lab) -> Results:
         {**_train(lab, "killed", train__save_every=3), "signal_at": {"step": 5, "number": signal.SIGKILL}},
     ]
     results = _launch(lab, "two", 2, jobs, unfinished=["killed"])
+    change_one_weight(lab.folder / "other" / "model.safetensors")
     for copy in ("refused", "stopped-on-three"):
         lab.copy_run("stopped", copy)
     return results
@@ -80,6 +88,7 @@ def two_later(lab: Lab, two: Results) -> Results:
     jobs = [
         _train(lab, "again"),
         {**_train(lab, "refused", optimizer__lr=1.0, adapter__projections=["q", "v", "o"]), "error": "UserError"},
+        {**_train(lab, "other_base", model__name_or_path=str(lab.folder / "other")), "error": "UserError"},
         _train(lab, "stopped"),
         _train(lab, "stopped-dropout", **DROPOUT),
         _train(lab, "stopped-zero2", **ZERO2),

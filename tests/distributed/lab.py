@@ -110,6 +110,15 @@ def poison(lab: Lab) -> None:
     (lab.folder / "rare.jsonl").write_text("\n".join(rows) + "\n")
 
 
+def change_one_weight(weights: Path) -> None:
+    """In the last matrix of the second layer."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][5, 7] += 0.25
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def _write_rows(path: Path, seed: int, num_rows: int) -> None:
     chance = random.Random(seed)
     rows = [

@@ -26,3 +26,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks(lab: Lab, two: Resu
     assert (
         newest(lab.run_dir("rare") / "checkpoints") == lab.run_dir("rare") / "checkpoints" / f"step-{bad_step - 1:08d}"
     )
+
+
+def test_a_base_with_nan_is_refused_by_the_name_of_the_tensor_before_a_run_folder_is_made(
+    lab: Lab, two: Results
+) -> None:
+    for result in two:
+        assert "tensor 'model.embed_tokens.weight' holds NaN or infinite values" in result["poisoned"]["message"]
+    assert not lab.run_dir("poisoned").exists()

@@ -39,6 +39,15 @@ def test_a_run_goes_on_with_more_ranks(lab: Lab, three: Results) -> None:
     assert lab.losses("stopped-on-three") == pytest.approx(lab.losses("plain"), rel=1e-5)
 
 
+def test_another_base_is_refused_and_named(lab: Lab, two: Results, two_later: Results) -> None:
+    """Same path, same shapes, one weight changed since the checkpoint."""
+    assert [result["other_base"] for result in two] == [{"code": 75}] * 2
+    for result in two_later:
+        message = result["other_base"]["message"]
+        assert "'model.layers.1.mlp.down_proj.weight' is " in message and "was trained on another base" in message
+    assert len(lab.events("other_base", "run_start")) == 1
+
+
 def test_other_settings_are_refused_and_listed(lab: Lab, two_later: Results) -> None:
     for result in two_later:
         message = result["refused"]["message"]

@@ -49,6 +49,13 @@ def test_the_same_run_again_gives_the_same_numbers(lab: Lab, plain: list[float],
     assert lab.grad_norms("again") == lab.grad_norms("plain")
 
 
+def test_the_quantized_folder_trains_the_same_to_the_bit(lab: Lab, plain: list[float], two: Results) -> None:
+    assert [result["nf4_folder"] for result in two] == [{"code": 0}] * 2
+    assert lab.losses("nf4_folder") == plain
+    read, of_source = (lab.events(name, "base_loaded")[0]["bytes_read"] for name in ("nf4_folder", "plain"))
+    assert read < 0.65 * of_source  # a third of this tiny model is embeddings, which stay as they are
+
+
 def test_dropout_is_on_and_differs_between_steps(lab: Lab, plain: list[float]) -> None:
     assert lab.losses("dropout") != pytest.approx(plain, rel=1e-3)
 

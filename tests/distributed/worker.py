@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from qvtune.base.fingerprint import content_of
 from qvtune.base.nf4 import NF4Linear
 from qvtune.cluster import distributed
 from qvtune.config.schema import RunConfig
@@ -43,14 +44,17 @@ def train(
     attention: str = "sdpa",
     signal_at: dict[str, int] | None = None,
     error: str | None = None,
+    unchecked_base: bool = False,
 ) -> dict[str, Any]:
     """The real ``train``: its exit code, or the message of the ``error`` that must come.
 
-    ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``.
+    ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``; ``unchecked_base`` lets a base
+    with NaN through.
     """
     expected: Any = {"UserError": UserError, "RuntimeError": RuntimeError, None: ()}[error]
     with (
         patch("qvtune.train.prepare.choose_attention", lambda setting, dtype: (attention, "of the test")),
+        patch("qvtune.base.loader.fingerprint.content_of", (lambda *_: {}) if unchecked_base else content_of),
         patch("qvtune.train.loop.rows_of_step", SignalAt(**signal_at) if signal_at else rows_of_step),
     ):
         try:

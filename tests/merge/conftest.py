@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qvtune.adapters.projections import add_adapters, trainable
-from qvtune.base.model import build_skeleton, read_model_config
+from qvtune.base.loader import fill, open_base
+from qvtune.base.shard import Whole
 from qvtune.checkpoint import folder, state
 from qvtune.config.load import dump_config
 from qvtune.config.schema import RunConfig
@@ -45,8 +46,9 @@ def make_run(tmp_path: Path) -> MakeRun:
                 "data": data,
             }
         )
-        skeleton = build_skeleton(read_model_config(base, config.model), config.model, dtype, "sdpa")
-        model: Any = add_adapters(skeleton, config.adapter, str(base), seed=0)
+        opened = open_base(base, config.model, dtype, "sdpa")
+        _, content = fill(opened, Whole(torch.device("cpu")), dtype, gather=lambda own: [own])
+        model: Any = add_adapters(opened.skeleton, config.adapter, str(base), seed=0)
         generator = torch.Generator().manual_seed(1)
         gathered = {
             name: {
@@ -61,7 +63,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         edit_config(peft_config)
         trainer = state.TrainerState(step=3, trajectory=trajectory_settings(config))
         run_dir = tmp_path / "run"
-        folder.write(run_dir / "checkpoints", 3, lambda path: state.save(path, gathered, peft_config, trainer))
+        folder.write(run_dir / "checkpoints", 3, lambda path: state.save(path, gathered, peft_config, trainer, content))
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         return run_dir
 

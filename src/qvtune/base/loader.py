@@ -6,16 +6,20 @@ The order is that of the skeleton's parameters on all ranks, since quantizing ga
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from qvtune.base import fingerprint, prequantized
+from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.model import build_skeleton, read_model_config
-from qvtune.base.nf4 import Gather, NF4Linear, quantize_shard
+from qvtune.base.nf4 import Gather, Layout, NF4Linear, first_own_weight, quantize_shard
+from qvtune.base.prequantized import StoredNF4
 from qvtune.base.shard import Placement, Whole, resident_bytes
-from qvtune.base.source import BaseWeights, open_weights
+from qvtune.base.source import BaseWeights, StoredTensor, open_weights
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 
@@ -30,33 +34,82 @@ class LoadReport:
     peak_rss_bytes: int
 
 
+@dataclass(frozen=True)
+class Base:
+    """An opened base that fits its architecture: what ``fill`` needs, and nothing read yet but headers."""
+
+    skeleton: nn.Module
+    weights: BaseWeights
+    stored: Mapping[str, StoredNF4]
+
+    def quantized(self) -> dict[str, Layout]:
+        """Layout of every matrix that training sees in NF4, by the name of its tensor."""
+        modules = self.skeleton.named_modules()
+        return {f"{name}.weight": module.layout for name, module in modules if isinstance(module, NF4Linear)}
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The model's tensors as they lie in the files; of a matrix stored in 4 bits the codes, with its own shape."""
+        return {
+            name: replace(tensor, shape=self.stored[module].shape)
+            if (module := name[: -len(".weight")]) in self.stored
+            else tensor
+            for name, tensor in self.weights.items()
+            if not prequantized.belongs(name, self.stored)
+        }
+
+
+def open_base(folder: Path, model: ModelSection, dtype: torch.dtype, attention: str) -> Base:
+    """The folder's architecture without memory, its matrices marked for NF4, compared with its tensors.
+
+    Raises UserError with all that does not fit, by name, before anything is read.
+    """
+    config = read_model_config(folder, model)
+    weights = open_weights(folder, model.allow_pickle)
+    stored = prequantized.stored_matrices(weights)
+    _check_settings(folder, model, stored)
+    skeleton = build_skeleton(config, model, dtype, attention, stored.keys())
+    check_tensors(skeleton, weights, stored)
+    return Base(skeleton, weights, stored)
+
+
 def load_whole(
     folder: Path, model: ModelSection, dtype: torch.dtype, attention: str = "sdpa", device: torch.device | None = None
 ) -> nn.Module:
     """The base as training sees it, whole in one process, without DeepSpeed."""
-    config = read_model_config(folder, model)
-    weights = open_weights(folder)
-    skeleton = build_skeleton(config, model, dtype, attention)
-    check_tensors(skeleton, weights)
-    fill(skeleton, weights, Whole(device or torch.device("cpu")), dtype, gather=lambda own: [own])
-    return skeleton
+    base = open_base(folder, model, dtype, attention)
+    fill(base, Whole(device or torch.device("cpu")), dtype, gather=lambda own: [own])
+    return base.skeleton
 
 
-def check_tensors(skeleton: nn.Module, weights: BaseWeights) -> None:
+def _check_settings(folder: Path, model: ModelSection, stored: Mapping[str, StoredNF4]) -> None:
+    if stored and model.quantization != "nf4":
+        raise UserError(
+            f"{folder}: the weights are stored in 4 bits; set model.quantization: nf4, or give the original weights"
+        )
+    if any(entry.double_quant != model.double_quant for entry in stored.values()):
+        found = not model.double_quant
+        raise UserError(f"{folder}: the weights are stored with double_quant={found}; set model.double_quant: {found}")
+
+
+def check_tensors(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> None:
     """Compare names and shapes with the skeleton's before anything is read. Raises UserError with all differences."""
-    expected = _expected_shapes(skeleton)
+    shapes = _expected_shapes(skeleton)
+    packed = {module: f"{module}.weight" for module in stored}
+    for name in packed.values():
+        shapes.pop(name, None)
     problems = []
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         if name not in weights:
             problems.append(f"{weights.folder}: tensor {name!r} {list(shape)} is missing")
         elif weights[name].shape != shape:
-            problems.append(
-                f"{weights.folder}: tensor {name!r} has shape {list(weights[name].shape)}, expected {list(shape)}"
-            )
-    tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} - set(expected)
-    buffers = {name for name, _ in skeleton.named_buffers()}
-    for name in sorted(weights.keys() - expected.keys() - tied - buffers):
-        problems.append(f"{weights.folder}: tensor {name!r} {list(weights[name].shape)} has no place in the model")
+            found = list(weights[name].shape)
+            problems.append(f"{weights.folder}: tensor {name!r} has shape {found}, expected {list(shape)}")
+    problems += _packed_problems(skeleton, weights, stored)
+    tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} - shapes.keys()
+    known = shapes.keys() | tied | {name for name, _ in skeleton.named_buffers()}
+    for name in sorted(weights.keys() - known):
+        if not prequantized.belongs(name, stored):
+            problems.append(f"{weights.folder}: tensor {name!r} {list(weights[name].shape)} has no place in the model")
     if problems:
         raise UserError([*problems, "config.json and the weights do not belong together (model.name_or_path)"])
 
@@ -73,40 +126,76 @@ def _expected_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fill(
-    skeleton: nn.Module, weights: BaseWeights, placement: Placement, dtype: torch.dtype, gather: Gather
-) -> LoadReport:
+def _packed_problems(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> list[str]:
+    problems = []
+    modules = dict(skeleton.named_modules())
+    for path, entry in stored.items():
+        module = modules.get(path)
+        if not isinstance(module, NF4Linear):
+            problems.append(f"{weights.folder}: 4-bit matrix {path!r} has no place in the model")
+        elif module.layout.shape != entry.shape:
+            found, expected = list(entry.shape), list(module.layout.shape)
+            problems.append(f"{weights.folder}: 4-bit matrix {path!r} has shape {found}, expected {expected}")
+        else:
+            for name, size in prequantized.expected_bytes(path, module.layout).items():
+                if name not in weights:
+                    problems.append(f"{weights.folder}: tensor {name!r} is missing")
+                elif weights[name].num_bytes != size:
+                    found_size = weights[name].num_bytes
+                    problems.append(f"{weights.folder}: tensor {name!r} has {found_size} bytes, expected {size}")
+    return problems
+
+
+def fill(base: Base, placement: Placement, dtype: torch.dtype, gather: Gather) -> tuple[LoadReport, Fingerprint]:
     """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
 
     Quantization starts from the stored precision, so that the same base has the same bits in every compute dtype.
+    Raises UserError, on all ranks, naming the tensors that hold NaN or infinite values.
     """
     started = time.monotonic()
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors are read once
-    for path, module in skeleton.named_modules():
+    for path, module in base.skeleton.named_modules():
         if isinstance(module, NF4Linear):
-            _fill_quantized(path, module, weights, placement, gather)
+            _fill_quantized(path, module, base, placement, gather)
         for name, empty in list(module.named_parameters(recurse=False)):
             if empty.device.type == "meta":
                 if empty not in filled:
-                    filled[empty] = _load_plain(f"{path}.{name}", empty, weights, placement, dtype)
+                    filled[empty] = _load_plain(f"{path}.{name}", empty, base.weights, placement, dtype)
                 setattr(module, name, filled[empty])
-    skeleton.to(placement.device)  # the buffers; parameters are there already
-    return LoadReport(
+    if placement.shard.rank == 0:
+        prequantized.note_descriptions(base.weights, base.stored)
+    base.skeleton.to(placement.device)  # the buffers; parameters are there already
+    content = fingerprint.content_of(base.weights, gather, placement.device)
+    report = LoadReport(
         seconds=time.monotonic() - started,
-        bytes_read=weights.bytes_read,
-        base_bytes=sum(resident_bytes(parameter) for parameter in skeleton.parameters()),
+        bytes_read=base.weights.bytes_read,
+        base_bytes=sum(resident_bytes(parameter) for parameter in base.skeleton.parameters()),
         peak_rss_bytes=peak_rss_bytes(),
     )
+    return report, content
 
 
-def _fill_quantized(path: str, module: NF4Linear, weights: BaseWeights, placement: Placement, gather: Gather) -> None:
-    name = f"{path}.weight"
-    pieces, offset = quantize_shard(
-        lambda start, end: weights.read_flat(name, start, end), module.layout, placement, gather
-    )
+def _fill_quantized(path: str, module: NF4Linear, base: Base, placement: Placement, gather: Gather) -> None:
+    pieces, offset = quantized_pieces(path, module.layout, base, placement, gather)
     for piece_name, numel in module.layout.piece_numel().items():
         setattr(module, piece_name, placement.parameter((numel,), pieces[piece_name]))
     module.offset = offset
+
+
+def quantized_pieces(
+    path: str, layout: Layout, base: Base, placement: Placement, gather: Gather
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """This rank's part of the codes and statistics of module ``path``, and the offset; quantized now or long ago."""
+    if path in base.stored:
+        pieces = prequantized.read_shard(base.weights, path, layout, placement.shard)
+        return pieces, torch.tensor(base.stored[path].offset)
+    noted_from = first_own_weight(layout, placement.shard)
+    return quantize_shard(
+        lambda start, end: base.weights.read_flat(f"{path}.weight", start, end, noted_from=max(start, noted_from)),
+        layout,
+        placement,
+        gather,
+    )
 
 
 def _load_plain(

@@ -1,5 +1,6 @@
 """The skeleton of a base model: the Hugging Face architecture without weights, its matrices marked for NF4."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,25 @@ def read_model_config(folder: Path, model: ModelSection) -> Any:
             f"{folder}/config.json: model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED_FAMILIES)} "
             "(model.name_or_path)"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{folder}/config.json: the weights are already quantized; give the folder of the original weights "
-            "(model.name_or_path), they are quantized while they are read"
-        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        if not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")):
+            raise UserError(
+                f"{folder}/config.json: the weights are quantized by {quantization.get('quant_method')!r}; give the "
+                "folder of the original weights, which are quantized while they are read, or one in bitsandbytes' "
+                "4-bit format (model.name_or_path)"
+            )
+        del config.quantization_config  # the skeleton is ours
     return config
 
 
-def build_skeleton(config: Any, model: ModelSection, dtype: torch.dtype, attention: str) -> nn.Module:
+def build_skeleton(
+    config: Any, model: ModelSection, dtype: torch.dtype, attention: str, stored: Collection[str] = ()
+) -> nn.Module:
     """The causal language model with empty ("meta") parameters and real buffers.
 
     With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
-    QLoRA and of transformers' own 4-bit loading.
+    QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -56,7 +63,7 @@ def build_skeleton(config: Any, model: ModelSection, dtype: torch.dtype, attenti
     if model.quantization == "nf4":
         head = skeleton.get_output_embeddings()  # type: ignore[operator]
         for name, module in list(skeleton.named_modules()):
-            if type(module) is nn.Linear and module is not head:
+            if type(module) is nn.Linear and (name in stored if stored else module is not head):
                 skeleton.set_submodule(
                     name,
                     NF4Linear(

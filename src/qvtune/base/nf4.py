@@ -106,7 +106,12 @@ def quantize_shard(
         start, end = layout.byte_span("absmax", shard)
         contents["absmax"] = absmax.view(torch.uint8)[start:end]
     numel = {name: shard.numel(total) for name, total in layout.piece_numel().items()}
-    return {name: _as_storage(piece, layout.storage, numel[name]) for name, piece in contents.items()}, offset
+    return {name: as_storage(piece, layout.storage, numel[name]) for name, piece in contents.items()}, offset
+
+
+def first_own_weight(layout: Layout, shard: Shard) -> int:
+    """First weight of the first block that no rank before this one reads too."""
+    return min(_owned(layout.byte_span("weight", shard)[0]) * BLOCK, layout.num_weights)
 
 
 def _owned(byte: int) -> int:
@@ -133,7 +138,7 @@ def _nested(centred_absmax: torch.Tensor, start: int, end: int) -> tuple[torch.T
     return codes[start - first : end - first], state.absmax
 
 
-def _as_storage(piece: torch.Tensor, storage: torch.dtype, numel: int) -> torch.Tensor:
+def as_storage(piece: torch.Tensor, storage: torch.dtype, numel: int) -> torch.Tensor:
     """Bytes -> ``numel`` elements of ``storage``, zeros at the end."""
     padded = piece.new_zeros(numel * storage.itemsize)
     padded[: piece.numel()] = piece

@@ -2,17 +2,22 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qvtune.base.checksum import add_checksums, partial_checksum
 from qvtune.errors import UserError
 
 # https://huggingface.co/docs/safetensors: 8 bytes little-endian header size, a JSON header, the data.
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What reading and taking apart somebody else's JSON can raise.
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -37,11 +42,16 @@ class StoredTensor:
 
 @dataclass
 class BaseWeights(Mapping[str, StoredTensor]):
-    """The tensors of a model folder by name; counts what is read of them."""
+    """The tensors of a model folder by name; counts what is read of them, and sums up what it was.
+
+    ``checksums`` and ``not_finite`` cover what this process has read; ``fingerprint.content_of`` adds the other ranks.
+    """
 
     folder: Path
     tensors: dict[str, StoredTensor]
     bytes_read: int = field(default=0, init=False)
+    checksums: dict[str, int] = field(default_factory=dict, init=False)
+    not_finite: set[str] = field(default_factory=set, init=False)
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
@@ -52,13 +62,36 @@ class BaseWeights(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def read_flat(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+    def read_flat(
+        self, name: str, start: int = 0, end: int | None = None, *, noted_from: int | None = None
+    ) -> torch.Tensor:
         """Elements ``[start, end)`` of the flattened tensor, 1-D, in its stored dtype.
 
-        Plain reads instead of a memory map: pages of a map count as this process's memory, and what is read is known.
+        What is read enters the checksum from element ``noted_from`` on (default: all): where two ranks read the same
+        elements, one of them must not note them.
         """
         tensor = self.tensors[name]
-        end = tensor.numel if end is None else end
+        data = self._read(tensor, start, tensor.numel if end is None else end)
+        noted = data[0 if noted_from is None else noted_from - start :]
+        first_byte = (start if noted_from is None else noted_from) * tensor.dtype.itemsize
+        self.checksums[name] = add_checksums([self.checksums.get(name, 0), partial_checksum(noted, first_byte)])
+        if data.is_floating_point() and not data.isfinite().all():
+            self.not_finite.add(name)
+        return data
+
+    def peek(self, name: str) -> torch.Tensor:
+        """A small tensor whole, 1-D, without noting it: for descriptions that every rank reads."""
+        return self._read(self.tensors[name], 0, self.tensors[name].numel)
+
+    def read_bytes(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Bytes ``[start, end)`` of a tensor whose dtype is only its packing: 1-D, uint8."""
+        tensor = self.tensors[name]
+        data = self._read(replace(tensor, dtype=torch.uint8), start, end)
+        self.checksums[name] = add_checksums([self.checksums.get(name, 0), partial_checksum(data, start)])
+        return data
+
+    def _read(self, tensor: StoredTensor, start: int, end: int) -> torch.Tensor:
+        """Plain reads instead of a memory map: its pages would count as this process's memory, its reads not at all."""
         data = torch.empty(end - start, dtype=tensor.dtype)
         with tensor.file.open("rb", buffering=0) as file:
             file.seek(tensor.offset + start * tensor.dtype.itemsize)
@@ -66,24 +99,43 @@ class BaseWeights(Mapping[str, StoredTensor]):
             while buffer:
                 count = file.readinto(buffer)
                 if not count:
-                    raise UserError(f"{tensor.file}: ends inside tensor {name!r}; copy the file again")
+                    raise UserError(f"{tensor.file}: ends inside tensor {tensor.name!r}; copy the file again")
                 self.bytes_read += count
                 buffer = buffer[count:]
         return data
 
 
-def open_weights(folder: Path) -> BaseWeights:
-    """Read the headers of a folder's safetensors files.
+@dataclass
+class PickledWeights(BaseWeights):
+    """Legacy ``.bin`` files, opened with ``weights_only``; memory-mapped, so only what is read becomes resident."""
+
+    mapped: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def _read(self, tensor: StoredTensor, start: int, end: int) -> torch.Tensor:
+        data = self.mapped[tensor.name].flatten().view(tensor.dtype)[start:end].clone()
+        self.bytes_read += data.numel() * data.element_size()
+        return data
+
+
+def open_weights(folder: Path, allow_pickle: bool = False) -> BaseWeights:
+    """Read the headers of a folder's safetensors files, or with ``allow_pickle`` of its legacy ``.bin`` files.
 
     Raises UserError with everything that is wrong: no weights, pickle only, missing, truncated or unreadable files,
-    dtypes other than fp32, fp16 and bf16.
+    dtypes other than fp32, fp16, bf16 and (packed 4-bit weights) uint8.
     """
     if (folder / _SINGLE).is_file():
         files = [folder / _SINGLE]
     elif (folder / _INDEX).is_file():
         files = _indexed_files(folder / _INDEX)
+    elif allow_pickle and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
+        return _open_pickles(folder, pickles)
     else:
         raise UserError(_no_weights(folder))
+    return BaseWeights(folder, read_headers(files))
+
+
+def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Where each tensor of some safetensors files lies. Raises UserError listing the files that cannot be read."""
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -93,7 +145,21 @@ def open_weights(folder: Path) -> BaseWeights:
             problems.append(f"{file}: cannot be read as safetensors ({error}); copy the file again")
     if problems:
         raise UserError(problems)
-    return BaseWeights(folder, tensors)
+    return tensors
+
+
+def _open_pickles(folder: Path, files: list[Path]) -> PickledWeights:
+    mapped: dict[str, torch.Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            mapped |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{file}: cannot be read as tensors only ({error})") from error
+        for name, value in mapped.items():
+            size = value.numel() * value.element_size()
+            tensors.setdefault(name, StoredTensor(name, file, 0, size, tuple(value.shape), value.dtype))
+    return PickledWeights(folder, tensors, mapped)
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -108,7 +174,8 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder}: only pickle files ({', '.join(pickles[:3])}), which can run code when opened; "
-            "convert the model to safetensors (save_pretrained of a model you trust) and give that folder"
+            "convert the model to safetensors and give that folder, or set model.allow_pickle: true, which opens them "
+            "as tensors only"
         )
     return f"{folder}: no weights; expected {_SINGLE} or {_INDEX} (model.name_or_path)"
 
@@ -142,10 +209,31 @@ def model_folder(name_or_path: str, cache_dir: Path) -> Path:
 
         return demo_model(cache_dir)
     folder = Path(name_or_path).expanduser()
+    if not folder.exists() and _HUB_ID.fullmatch(name_or_path):
+        return _download(name_or_path)
     if not (folder / "config.json").is_file():
         what = "is a folder without config.json" if folder.is_dir() else "is not a folder"
         raise UserError(
             f"model.name_or_path: {name_or_path!r} {what}; give the folder of a Hugging Face model "
-            "(config.json, tokenizer, *.safetensors), or `demo`. Hub ids: download the model first."
+            "(config.json, tokenizer, *.safetensors), a hub id like `meta-llama/Llama-3.1-8B`, or `demo`"
         )
     return folder
+
+
+def _download(hub_id: str) -> Path:
+    """The hub's snapshot in Hugging Face's cache; with HF_HUB_OFFLINE=1 only what is there already."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"model.name_or_path: {hub_id!r} is no folder here, and the hub cannot deliver it ({_first_line(error)}). "
+            f"On a machine with a network run `hf download {hub_id}` into the same HF_HOME, or give a folder; a gated "
+            "model needs `hf auth login`"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -3,6 +3,7 @@
 checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it
                              optimizer.safetensors      fp32 masters and AdamW moments by parameter name
                              trainer_state.json         step, counters, the settings that made the trajectory
+                             base.json                  fingerprint of the base, tensor by tensor
                              manifest.json              size and sha256 of each file above
 checkpoints/latest           symbolic link to the newest complete one
 """

@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvtune.adapters.projections import saved_name, trainable
+from qvtune.base import fingerprint
+from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.shard import Shard
 from qvtune.checkpoint.folder import write_json
 from qvtune.cluster import distributed
 from qvtune.errors import UserError
 
+_BASE = "base.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,7 +52,13 @@ def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-def save(folder: Path, state: dict[str, dict[str, torch.Tensor]], peft_config: Any, trainer: TrainerState) -> None:
+def save(
+    folder: Path,
+    state: dict[str, dict[str, torch.Tensor]],
+    peft_config: Any,
+    trainer: TrainerState,
+    base: Fingerprint,
+) -> None:
     """Write the files of one checkpoint into ``folder`` (one rank)."""
     save_file(
         {saved_name(name): entry["value"] for name, entry in state.items()},
@@ -60,6 +69,17 @@ def save(folder: Path, state: dict[str, dict[str, torch.Tensor]], peft_config: A
     save_file(kept, folder / "optimizer.safetensors")
     peft_config.save_pretrained(folder)
     write_json(folder / "trainer_state.json", vars(trainer))
+    write_json(folder / _BASE, base)
+
+
+def require_base(folder: Path, found: Fingerprint) -> None:
+    """Raises UserError, naming the tensors, when a checkpoint was trained on another base than ``found``."""
+    fingerprint.require_same(
+        fingerprint.read(folder / _BASE),
+        found,
+        "the base (model.name_or_path)",
+        f"{folder} was trained on another base; give that one, or another run_dir",
+    )
 
 
 def load_trainer_state(folder: Path) -> TrainerState:

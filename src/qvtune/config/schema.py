@@ -47,6 +47,9 @@ class ModelSection(Section):
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = Field(
         default="auto", description="auto = the fastest that the device has; the choice is logged with its reason"
     )
+    allow_pickle: bool = Field(
+        default=False, description="read legacy .bin weights where there are no safetensors, as tensors only"
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model folder")
 
 

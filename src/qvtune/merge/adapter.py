@@ -50,6 +50,12 @@ class LoraAdapter:
         return (factor_b.float() @ factor_a.float()) * self.scaling
 
 
+def trained_dtype(folder: Path) -> torch.dtype:
+    """The dtype of an adapter's factors: training's compute dtype."""
+    factors = load_file(folder / "adapter_model.safetensors")
+    return next((tensor.dtype for tensor in factors.values()), torch.float32)
+
+
 def read_adapter(folder: Path, base: Mapping[str, StoredTensor]) -> LoraAdapter:
     """The adapter of a checkpoint or PEFT folder, which fits ``base`` in every name and shape.
 

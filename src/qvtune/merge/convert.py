@@ -8,17 +8,19 @@ from typing import Literal
 
 import torch
 
-from qvtune.base.loader import check_tensors
-from qvtune.base.model import build_skeleton, read_model_config
-from qvtune.base.nf4 import Layout, NF4Linear
-from qvtune.base.source import BaseWeights, model_folder, open_weights
+from qvtune.base import prequantized
+from qvtune.base.companions import copy_companions
+from qvtune.base.fingerprint import content_of
+from qvtune.base.loader import Base, open_base
+from qvtune.base.source import model_folder
+from qvtune.base.writer import write_model
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.folder import write_json
-from qvtune.checkpoint.state import TrainerState, load_trainer_state
+from qvtune.checkpoint.state import TrainerState, load_trainer_state, require_base
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from qvtune.merge.adapter import LoraAdapter, read_adapter
-from qvtune.merge.output import copy_companions, model_output, require_free, write_config
+from qvtune.merge.adapter import LoraAdapter, read_adapter, trained_dtype
+from qvtune.merge.output import model_output, require_free, write_config
 from qvtune.merge.proof import (
     EXACT,
     ROUNDED,
@@ -31,7 +33,6 @@ from qvtune.merge.proof import (
 )
 from qvtune.merge.report import MergeReport, show
 from qvtune.merge.tensors import Merger
-from qvtune.merge.writer import write_model
 from qvtune.paths import cache_dir
 from qvtune.report.console import console
 
@@ -48,15 +49,14 @@ class ProofError(UserError):
 
 @dataclass(frozen=True)
 class _Task:
-    """A merge that can be done: ``model`` says what the base is loaded as, ``adapter`` fits its ``weights``."""
+    """A merge that can be done: ``model`` says what the base is loaded as, ``adapter`` fits it."""
 
     checkpoint: Path
     state: TrainerState
     model: ModelSection
     base: Path
-    weights: BaseWeights
+    opened: Base
     adapter: LoraAdapter
-    quantized: dict[str, Layout]
     dtype: torch.dtype
 
 
@@ -82,18 +82,20 @@ def convert(
     _check_numbers(max_shard_bytes, proof_rows)
     require_free(output)
     task = _open(source, base_weights, dtype)
-    merger = Merger(task.weights, task.adapter, task.quantized, task.dtype)
+    merger = Merger(task.opened, task.adapter, task.dtype)
     plans = merger.plan()
     console().print(f"merging {task.checkpoint} into {task.base}: {len(plans)} tensors")
     with model_output(output) as folder:
         files = write_model(folder, plans, merger.tensor, max_shard_bytes)
+        prequantized.note_descriptions(task.opened.weights, task.opened.stored)
+        require_base(task.checkpoint, content_of(task.opened.weights, lambda own: [own], torch.device("cpu")))
         copy_companions(task.base, folder)
         write_config(task.base, folder, task.dtype)
         report = MergeReport(
             checkpoint=str(task.checkpoint),
             step=task.state.step,
             base=task.model.name_or_path,
-            base_weights="dequantized" if task.quantized else "original",
+            base_weights="dequantized" if task.opened.quantized() else "original",
             trained_on=task.state.trajectory["model"]["quantization"],
             dtype=str(task.dtype).removeprefix("torch."),
             scaling=task.adapter.scaling,
@@ -128,13 +130,10 @@ def _open(source: Path, base_weights: BaseChoice | None, dtype: DtypeChoice) -> 
     state = load_trainer_state(checkpoint)
     model = _as_chosen(ModelSection(**state.trajectory["model"]), base_weights)
     base = model_folder(model.name_or_path, cache_dir())
-    weights = open_weights(base)
-    adapter = read_adapter(checkpoint, weights)
-    skeleton = build_skeleton(read_model_config(base, model), model, adapter.dtype, attention="sdpa")
-    check_tensors(skeleton, weights)
-    layouts = {f"{name}.weight": part.layout for name, part in skeleton.named_modules() if isinstance(part, NF4Linear)}
+    opened = open_base(base, model, trained_dtype(checkpoint), attention="sdpa")
+    adapter = read_adapter(checkpoint, opened.tensors())
     merged_dtype = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    return _Task(checkpoint, state, model, base, weights, adapter, layouts, merged_dtype)
+    return _Task(checkpoint, state, model, base, opened, adapter, merged_dtype)
 
 
 def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> ModelSection:
@@ -158,5 +157,5 @@ def _prove(task: _Task, folder: Path, num_rows: int | None) -> Proof:
 def _keeps_all_bits(task: _Task) -> bool:
     """Whether neither the merge nor training has rounded any weight to 16 bits."""
     trained = task.adapter.dtype
-    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.weights.values())
+    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.opened.weights.values())
     return as_stored and task.dtype == torch.float32

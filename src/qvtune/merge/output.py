@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,6 @@ import torch
 
 from qvtune.checkpoint.folder import write_json
 from qvtune.errors import UserError
-
-# Tokenizers, templates, generation settings, code of the model, licences; no weights of any format.
-_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt", ".py"}
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_TEMPLATES = "additional_chat_templates"
 
 
 def require_free(output: Path) -> None:
@@ -50,18 +44,9 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def copy_companions(base: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, generation settings, model code and licences of the base, as they are."""
-    for path in sorted(base.iterdir()):
-        wanted = path.suffix in _SUFFIXES or path.name.upper().startswith(_LICENCES)
-        if path.is_file() and wanted and path.name != "config.json" and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
-    if (base / _TEMPLATES).is_dir():
-        shutil.copytree(base / _TEMPLATES, folder / _TEMPLATES)
-
-
 def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
     """The base's config.json for weights that are to be computed with in ``dtype``."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # what "dtype" was called before transformers 4.56
+    config.pop("quantization_config", None)
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

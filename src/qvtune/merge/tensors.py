@@ -1,18 +1,17 @@
 """What stands in the merged model under each of the base's names, one tensor at a time."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from qvtune.base.nf4 import Layout, NF4Linear, quantize_shard
+from qvtune.base.loader import Base, quantized_pieces
+from qvtune.base.nf4 import Layout, NF4Linear
 from qvtune.base.shard import Whole
-from qvtune.base.source import BaseWeights
+from qvtune.base.writer import TensorPlan
 from qvtune.errors import UserError
 from qvtune.merge.adapter import LoraAdapter
-from qvtune.merge.writer import TensorPlan
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,14 @@ class Merger:
     ``quantized`` are the matrices to be replaced by their NF4 values; ``updates`` grows with each adapted matrix.
     """
 
-    def __init__(
-        self, weights: BaseWeights, adapter: LoraAdapter, quantized: Mapping[str, Layout], dtype: torch.dtype
-    ) -> None:
-        self._weights, self._adapter, self._quantized, self._dtype = weights, adapter, quantized, dtype
+    def __init__(self, base: Base, adapter: LoraAdapter, dtype: torch.dtype) -> None:
+        self._base, self._adapter, self._dtype = base, adapter, dtype
+        self._tensors, self._quantized = base.tensors(), base.quantized()
         self.updates: list[MatrixUpdate] = []
 
     def plan(self) -> list[TensorPlan]:
         """Every tensor of the merged model, in the order in which the base is read from front to back."""
-        stored = sorted(self._weights.values(), key=lambda tensor: (tensor.file, tensor.offset))
+        stored = sorted(self._tensors.values(), key=lambda tensor: (tensor.file, tensor.offset))
         return [
             TensorPlan(tensor.name, tensor.dtype if self.kind(tensor.name) == "copied" else self._dtype, tensor.shape)
             for tensor in stored
@@ -70,8 +68,8 @@ class Merger:
 
     def _base_value(self, name: str) -> torch.Tensor:
         if name in self._quantized:
-            return _through_nf4(self._weights, name, self._quantized[name])
-        return self._weights.read_flat(name).view(self._weights[name].shape)
+            return _through_nf4(self._base, name.removesuffix(".weight"), self._quantized[name])
+        return self._base.weights.read_flat(name).view(self._tensors[name].shape)
 
     def _adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         update = self._adapter.update(name)
@@ -80,14 +78,12 @@ class Merger:
         return weight + update
 
 
-def _through_nf4(weights: BaseWeights, name: str, layout: Layout) -> torch.Tensor:
+def _through_nf4(base: Base, path: str, layout: Layout) -> torch.Tensor:
     """A matrix quantized and dequantized by the code that training runs, in training's compute dtype."""
     num_out, num_in = layout.shape
     linear = NF4Linear(num_in, num_out, bias=False, double_quant=layout.double_quant, dtype=layout.storage)
     whole = Whole(torch.device("cpu"))
-    pieces, linear.offset = quantize_shard(
-        lambda start, end: weights.read_flat(name, start, end), layout, whole, gather=lambda own: [own]
-    )
+    pieces, linear.offset = quantized_pieces(path, layout, base, whole, gather=lambda own: [own])
     for piece, content in pieces.items():
         setattr(linear, piece, nn.Parameter(content, requires_grad=False))
     return linear.dequantize()

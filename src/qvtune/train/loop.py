@@ -153,7 +153,9 @@ def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> 
     if distributed.is_main():
         peft_config = run.engine.module.model.peft_config["default"]
         size = checkpoint_folder.write(
-            checkpoints, run.state.step, lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state)
+            checkpoints,
+            run.state.step,
+            lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint),
         )
         checkpoint_folder.prune(checkpoints, config.checkpoint.keep)
     distributed.barrier()

@@ -10,10 +10,10 @@ from torch import nn
 
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.attention import choose_attention, choose_dtype
-from qvtune.base.loader import LoadReport, check_tensors, fill
-from qvtune.base.model import build_skeleton, read_model_config
+from qvtune.base.fingerprint import Fingerprint
+from qvtune.base.loader import LoadReport, fill, open_base
 from qvtune.base.shard import Whole, ZeroPartition
-from qvtune.base.source import model_folder, open_weights
+from qvtune.base.source import model_folder
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.state import TrainerState
 from qvtune.cluster import distributed
@@ -53,6 +53,7 @@ class Run:
     run_dir: Path
     state: TrainerState
     load: LoadReport
+    fingerprint: Fingerprint
 
 
 def plan(config: RunConfig) -> Plan:
@@ -82,10 +83,8 @@ def plan(config: RunConfig) -> Plan:
 
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
     """Weights against architecture, and groups against projections, on a skeleton without memory."""
-    model_config = read_model_config(folder, config.model)
-    skeleton = build_skeleton(model_config, config.model, dtype, attention="sdpa")
-    check_tensors(skeleton, open_weights(folder))
-    adapted = add_adapters(skeleton, config.adapter, str(folder), config.train.seed)
+    base = open_base(folder, config.model, dtype, attention="sdpa")
+    adapted = add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed)
     parameter_groups(trainable(adapted), config.optimizer)
 
 
@@ -110,9 +109,9 @@ def _rows(path: str, setting: str, data: DataSection, tokenizer: Any) -> TokenRo
 def prepare(config: RunConfig) -> Run:
     """Load the base, add adapters, start DeepSpeed, go on from a checkpoint if there is one; collective."""
     planned = plan(config)
-    run_dir = open_run_folder(config, planned.resume, planned.deepspeed_config)
-    model, load = _load_model(config, planned)
+    model, load, content = _load_model(config, planned)
     if planned.resume is not None:
+        checkpoint_state.require_base(planned.resume, content)
         checkpoint_state.load_adapter(planned.resume, model)
         state = checkpoint_state.load_trainer_state(planned.resume)
         if distributed.is_main():
@@ -120,8 +119,9 @@ def prepare(config: RunConfig) -> Run:
         state.max_steps = planned.max_steps
     else:
         state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
+    run_dir = open_run_folder(config, planned.resume, planned.deepspeed_config)
     engine = _start_engine(model, config, planned, state)
-    return Run(engine, planned, run_dir, state, load)
+    return Run(engine, planned, run_dir, state, load, content)
 
 
 def _resume_line(planned: Plan, state: TrainerState) -> str:
@@ -131,19 +131,18 @@ def _resume_line(planned: Plan, state: TrainerState) -> str:
     return line
 
 
-def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport]:
-    model_config = read_model_config(planned.folder, config.model)
-    skeleton = build_skeleton(model_config, config.model, planned.dtype, planned.attention)
+def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport, Fingerprint]:
+    base = open_base(planned.folder, config.model, planned.dtype, planned.attention)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
         gather = distributed.gather_tensor
     else:
         placement, gather = Whole(distributed.device()), lambda own: [own]
-    load = fill(skeleton, open_weights(planned.folder), placement, planned.dtype, gather)
-    model = add_adapters(skeleton, config.adapter, str(planned.folder), config.train.seed)
+    load, content = fill(base, placement, planned.dtype, gather)
+    model = add_adapters(base.skeleton, config.adapter, str(planned.folder), config.train.seed)
     if config.train.activation_checkpointing:
-        skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return model, load
+        base.skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model, load, content
 
 
 def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, state: TrainerState) -> Any:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvtune.merge.writer import TensorPlan, write_model
+from qvtune.base.writer import TensorPlan, write_model
 
 TENSORS = {
     "odd.weight": torch.randn(3, 1).bfloat16(),

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from qvtune.checkpoint.folder import write_json
-
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -47,7 +45,7 @@ def write_model(
         weight_map = {plan.name: name for name, shard in zip(names, shards, strict=True) for plan in shard}
         total_bytes = sum(plan.num_bytes for plan in plans)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, shard, tensor)
     return names

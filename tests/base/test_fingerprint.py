@@ -1,0 +1,55 @@
+"""What a base is: the same for any number of ranks, another for any other base."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qvtune.base.checksum import partial_checksum
+from qvtune.base.fingerprint import Fingerprint, require_same
+from qvtune.base.loader import fill, open_base
+from qvtune.base.shard import Whole
+from qvtune.config.schema import ModelSection
+from qvtune.errors import UserError
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+def fingerprint_of(folder: Path, section: ModelSection | None = None) -> Fingerprint:
+    base = open_base(folder, section or ModelSection(), torch.float32, "sdpa")
+    return fill(base, Whole(torch.device("cpu")), torch.float32, gather=lambda own: [own])[1]
+
+
+def change(folder: Path, copy: Path, value: float) -> Path:
+    """``folder`` with another value in the middle of one tensor."""
+    copy.mkdir()
+    (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NAME].view(-1)[1234] = value
+    save_file(tensors, copy / "model.safetensors")
+    return copy
+
+
+def test_it_covers_name_shape_dtype_and_content_of_every_tensor(llama_folder: Path) -> None:
+    found = fingerprint_of(llama_folder)
+    tensors = load_file(llama_folder / "model.safetensors")
+    assert found == {
+        name: f"bfloat16{list(tensor.shape)} {partial_checksum(tensor.flatten(), 0):016x}"
+        for name, tensor in tensors.items()
+    }
+    assert found == fingerprint_of(llama_folder, ModelSection(quantization="none"))
+
+
+def test_one_other_value_is_named(tmp_path: Path, llama_folder: Path) -> None:
+    other = fingerprint_of(change(llama_folder, tmp_path / "other", 0.125))
+    with pytest.raises(UserError) as caught:
+        require_same(fingerprint_of(llama_folder), other, "the base", "give the right one")
+    [problem, advice] = caught.value.problems
+    assert NAME in problem and advice == "give the right one"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, llama_folder: Path, value: float) -> None:
+    with pytest.raises(UserError, match=f"{NAME}' holds NaN or infinite values"):
+        fingerprint_of(change(llama_folder, tmp_path / "bad", value))
