@@ -4,12 +4,14 @@ The sizes are odd on purpose: neither the matrices nor the vocabulary divide by 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
+from qvtune.base.families import FAMILIES
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow
 
@@ -22,6 +24,17 @@ CHATML = (
 )
 CORPUS = ["system user assistant Be kind", "What does it do in Python? It does what the name says.", "hello world " * 5]
 VOCABULARY = 331
+DECODERS = tuple(name for name, family in FAMILIES.items() if not family.is_encoder)
+ENCODERS = tuple(name for name, family in FAMILIES.items() if family.is_encoder)
+_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {  # windows that are shorter than the tests' documents
+    "mistral": {"sliding_window": 8},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "roberta": {"type_vocab_size": 1},
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,10 +65,12 @@ def make_model_folder(
     head_dim: int = 16,
     intermediate_size: int = 100,
     seed: int = 0,
+    **options: Any,
 ) -> Path:
     """A Hugging Face model folder with tokenizer; everything in it is random, biases and norms too. Returns ``path``.
 
-    ``shards`` > 1: that many safetensors files or a few more, with an index.
+    ``shards`` > 1: that many safetensors files or a few more, with an index. ``options`` are further settings of the
+    configuration. Encoders are saved as masked language models: with a prefix, a head and without a pooler.
     """
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
@@ -73,10 +88,12 @@ def make_model_folder(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **_FAMILY_OPTIONS.get(family, {}) | options,
     )
+    architecture = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = architecture.from_config(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # initialised to all zeros or all ones
                 parameter += 0.1 * torch.randn_like(parameter)

@@ -1,6 +1,7 @@
 """Which parameters are trained, what they start from, and what they are called in a file."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qvtune.adapters.projections import add_adapters, projection_and_factor, saved_name, trainable
+from qvtune.base.families import FAMILIES
 from qvtune.base.loader import load_whole
-from qvtune.base.model import SUPPORTED_FAMILIES
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 from tests.tiny import make_model_folder
@@ -31,7 +32,7 @@ def test_only_q_and_v_are_trained(llama_folder: Path, quantization: str) -> None
     assert sorted(names) == sorted(expected)
 
 
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_projections(tmp_path: Path, family: str) -> None:
     model = adapted(make_model_folder(tmp_path / family, family), AdapterSection(projections=("q", "k", "v", "o")))
     found = {projection_and_factor(name) for name, _ in trainable(model)}
@@ -89,6 +90,7 @@ class _FusedAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace(model_type="llama")
         self.qkv_proj, self.o_proj = nn.Linear(4, 12), nn.Linear(4, 4)
 
 
@@ -104,5 +106,8 @@ def test_projection_and_factor_of_a_name() -> None:
     path = "base_model.model.model.layers.11.self_attn"
     assert projection_and_factor(f"{path}.v_proj.lora_B.default.weight") == ("v", "B")
     assert projection_and_factor(f"{path}.q_proj.lora_A.default.weight") == ("q", "A")
+    path = "base_model.model.encoder.layer.3.attention"
+    assert projection_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
+    assert projection_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
     with pytest.raises(AssertionError, match="gate_proj"):
         projection_and_factor("model.mlp.gate_proj.lora_A.default.weight")

@@ -11,12 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvtune.base.loader import fill, load_whole, open_base
-from qvtune.base.model import SUPPORTED_FAMILIES
 from qvtune.base.nf4 import NF4Linear
 from qvtune.base.shard import Whole
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from tests.tiny import VOCABULARY, make_model_folder
+from tests.tiny import DECODERS, VOCABULARY, make_model_folder
 
 CPU = torch.device("cpu")
 INPUT_IDS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -46,14 +45,14 @@ def assert_same_logits(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_nf4_logits_equal_transformers(family: str, tie: bool, tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / family, family, tie=tie)
     section = ModelSection(quantization="nf4", double_quant=True)
     assert_same_logits(load_whole(folder, section, torch.float32), transformers_model(folder, section))
 
 
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_plain_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path / family, family, dtype=torch.float32)
     section = ModelSection(quantization="none")

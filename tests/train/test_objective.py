@@ -14,12 +14,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvtune.adapters.projections import trainable
-from qvtune.base.model import SUPPORTED_FAMILIES
 from qvtune.data.batch import Batch, collate, empty_batch, separate
 from qvtune.data.packing import PackedRow
 from qvtune.train import objective as objective_module
 from qvtune.train.objective import CausalLMObjective, FrozenHeadLoss
-from tests.tiny import VOCABULARY, make_model_folder, make_row
+from tests.tiny import DECODERS, VOCABULARY, make_model_folder, make_row
 from tests.varlen_attention import VARLEN, register_varlen
 
 MakeObjective = Callable[..., CausalLMObjective]
@@ -81,9 +80,7 @@ def documents(rows: Sequence[PackedRow]) -> list[tuple[torch.Tensor, torch.Tenso
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "quantization"), [*((name, "nf4") for name in SUPPORTED_FAMILIES), ("llama", "none")]
-)
+@pytest.mark.parametrize(("family", "quantization"), [*((name, "nf4") for name in DECODERS), ("llama", "none")])
 def test_loss_and_gradients_equal_transformers_and_peft(
     make_objective: MakeObjective, tmp_path: Path, family: str, quantization: str
 ) -> None:

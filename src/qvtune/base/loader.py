@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qvtune.base import fingerprint, prequantized
+from qvtune.base.families import FAMILIES, encoder_names
 from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.model import build_skeleton, read_model_config
 from qvtune.base.nf4 import Gather, Layout, NF4Linear, first_own_weight, quantize_shard
@@ -65,9 +66,12 @@ def open_base(folder: Path, model: ModelSection, dtype: torch.dtype, attention: 
     """
     config = read_model_config(folder, model)
     weights = open_weights(folder, model.allow_pickle)
+    if FAMILIES[config.model_type].is_encoder:
+        weights = weights.renamed(encoder_names(weights, config.model_type))
     stored = prequantized.stored_matrices(weights)
     _check_settings(folder, model, stored)
-    skeleton = build_skeleton(config, model, dtype, attention, stored.keys())
+    with_pooler = "pooler.dense.weight" in weights  # checkpoints of tasks that do without it have none
+    skeleton = build_skeleton(config, model, dtype, attention, stored.keys(), with_pooler=with_pooler)
     check_tensors(skeleton, weights, stored)
     return Base(skeleton, weights, stored)
 

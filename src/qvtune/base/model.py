@@ -7,19 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvtune.base.families import FAMILIES, obstacles
 from qvtune.base.nf4 import NF4Linear
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-
-# Families whose forward has been compared with transformers in tests/base. Others may differ in what the loss has to
-# know (logit scaling, fused projections), so they are refused rather than trained wrongly.
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def read_model_config(folder: Path, model: ModelSection) -> Any:
     """The folder's transformers configuration.
 
-    Raises UserError when it cannot be read, needs code from the folder, is already quantized or of another family.
+    Raises UserError when it cannot be read, needs code from the folder, is quantized in a format
+    that is not read here, or is of a model that cannot be trained.
     """
     from transformers import AutoConfig
 
@@ -27,11 +25,8 @@ def read_model_config(folder: Path, model: ModelSection) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder}/config.json: {error} (model.name_or_path, model.trust_remote_code)") from error
-    if config.model_type not in SUPPORTED_FAMILIES:
-        raise UserError(
-            f"{folder}/config.json: model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED_FAMILIES)} "
-            "(model.name_or_path)"
-        )
+    if problems := obstacles(config):
+        raise UserError([f"{folder}/config.json: {problem} (model.name_or_path)" for problem in problems])
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         if not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")):
@@ -45,25 +40,35 @@ def read_model_config(folder: Path, model: ModelSection) -> Any:
 
 
 def build_skeleton(
-    config: Any, model: ModelSection, dtype: torch.dtype, attention: str, stored: Collection[str] = ()
+    config: Any,
+    model: ModelSection,
+    dtype: torch.dtype,
+    attention: str,
+    stored: Collection[str] = (),
+    *,
+    with_pooler: bool = True,
 ) -> nn.Module:
-    """The causal language model with empty ("meta") parameters and real buffers.
+    """The causal language model, or the bare encoder, with empty ("meta") parameters and real buffers.
 
-    With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
-    QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
+    With ``model.quantization: nf4`` every ``nn.Linear`` but the output head (an encoder's pooler) becomes an
+    ``NF4Linear``, the choice of QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices
+    ``stored`` in 4 bits, just those. ``with_pooler`` concerns encoders only.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    is_encoder = FAMILIES[config.model_type].is_encoder
+    options: dict[str, Any] = {"add_pooling_layer": with_pooler} if is_encoder else {}
+    architecture: Any = AutoModel if is_encoder else AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
-        skeleton: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+        skeleton: nn.Module = architecture.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code, **options
         )
     skeleton.tie_weights()  # type: ignore[operator]  # undone by the context, which makes a parameter anew where it is set
     if model.quantization == "nf4":
-        head = skeleton.get_output_embeddings()  # type: ignore[operator]
+        heads = ("lm_head", "pooler.dense")
         for name, module in list(skeleton.named_modules()):
-            if type(module) is nn.Linear and (name in stored if stored else module is not head):
+            if type(module) is nn.Linear and (name in stored if stored else name not in heads):
                 skeleton.set_submodule(
                     name,
                     NF4Linear(

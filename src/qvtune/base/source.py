@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -79,6 +79,10 @@ class BaseWeights(Mapping[str, StoredTensor]):
             self.not_finite.add(name)
         return data
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Only the tensors that ``names`` (new name -> name here) mentions, under their new names; nothing read yet."""
+        return replace(self, tensors={new: replace(self.tensors[old], name=new) for new, old in names.items()})
+
     def peek(self, name: str) -> torch.Tensor:
         """A small tensor whole, 1-D, without noting it: for descriptions that every rank reads."""
         return self._read(self.tensors[name], 0, self.tensors[name].numel)
@@ -110,6 +114,10 @@ class PickledWeights(BaseWeights):
     """Legacy ``.bin`` files, opened with ``weights_only``; memory-mapped, so only what is read becomes resident."""
 
     mapped: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """As the others; the mapped tensors too."""
+        return replace(super().renamed(names), mapped={new: self.mapped[old] for new, old in names.items()})
 
     def _read(self, tensor: StoredTensor, start: int, end: int) -> torch.Tensor:
         data = self.mapped[tensor.name].flatten().view(tensor.dtype)[start:end].clone()

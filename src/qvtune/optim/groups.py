@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qvtune.adapters.projections import PROJECTION_MODULES, projection_and_factor
+from qvtune.adapters.projections import PROJECTIONS, projection_and_factor, projection_pattern
 from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
 
@@ -47,12 +47,12 @@ def parameter_groups(
 def _compile(multipliers: dict[str, float]) -> list[tuple[str, re.Pattern[str]]]:
     compiled, problems = [], []
     for key in multipliers:
-        expression = rf"\.{PROJECTION_MODULES[key]}\." if key in PROJECTION_MODULES else key
+        expression = projection_pattern(key) if key in PROJECTIONS else key
         try:
             compiled.append((key, re.compile(expression)))
         except re.error as error:
             problems.append(
-                f"optimizer.lr_multipliers: {key!r} is neither one of {', '.join(PROJECTION_MODULES)} "
+                f"optimizer.lr_multipliers: {key!r} is neither one of {', '.join(PROJECTIONS)} "
                 f"nor a regular expression ({error})"
             )
     if problems:

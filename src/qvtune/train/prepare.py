@@ -10,6 +10,7 @@ from torch import nn
 
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.attention import choose_attention, choose_dtype
+from qvtune.base.families import FAMILIES, family_of
 from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.loader import LoadReport, fill, open_base
 from qvtune.base.shard import Whole, ZeroPartition
@@ -84,6 +85,12 @@ def plan(config: RunConfig) -> Plan:
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
     """Weights against architecture, and groups against projections, on a skeleton without memory."""
     base = open_base(folder, config.model, dtype, attention="sdpa")
+    if family_of(base.skeleton).is_encoder:
+        decoders = [name for name, family in FAMILIES.items() if not family.is_encoder]
+        raise UserError(
+            f"task: {config.task} predicts the next token, and {folder} is an encoder, whose tokens see those after "
+            f"them; give a decoder ({', '.join(decoders)}) in model.name_or_path"
+        )
     adapted = add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed)
     parameter_groups(trainable(adapted), config.optimizer)
 

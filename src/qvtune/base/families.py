@@ -1,0 +1,96 @@
+"""The model families that can be trained, and why others cannot.
+
+A family is in the table when its forward, its loss and its adapters' gradients have been compared with transformers,
+PEFT and bitsandbytes in tests. Others may differ in what the loss has to know (scaled logits) or in what adapters need
+(fused projections), so they are refused rather than trained wrongly.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_DECODER = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_ENCODER = {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """``projections``: what a user writes -> the end of the module's path. An encoder is loaded without a task's head."""
+
+    projections: Mapping[str, str]
+    is_encoder: bool = False
+
+
+FAMILIES = {
+    "llama": Family(_DECODER),
+    "mistral": Family(_DECODER),
+    "qwen2": Family(_DECODER),
+    "qwen3": Family(_DECODER),
+    "gemma3_text": Family(_DECODER),
+    "bert": Family(_ENCODER, is_encoder=True),
+    "roberta": Family(_ENCODER, is_encoder=True),
+}
+
+_EXPERTS = (
+    "its experts are stored one by one and fused by transformers while loading, so no rank could read just its part of "
+    "them; give a dense model"
+)
+_REFUSED = {
+    "phi3": "its q, k and v are one matrix (qkv_proj), so they cannot be trained apart; give a checkpoint whose "
+    "projections were split into q_proj, k_proj and v_proj, saved as model_type 'llama'",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gemma2": "it caps its attention scores and its logits, which neither sdpa nor the loss applies; give a Gemma 3 "
+    "text model (model_type 'gemma3_text')",
+    "gemma3": "it holds an image tower beside the language model; give a text-only checkpoint of Gemma 3 (model_type "
+    "'gemma3_text')",
+}
+
+# Settings that change logits or attention in a way that this project does not compute -> what they do. ``None``, False
+# and a factor of 1 change nothing.
+_NOT_COMPUTED = {
+    "final_logit_softcapping": "caps the logits, which the loss does not",
+    "logit_scale": "scales the logits, which the loss does not",
+    "logits_scaling": "scales the logits, which the loss does not",
+    "lm_head_multiplier": "scales the logits, which the loss does not",
+    "attn_logit_softcapping": "caps the attention scores, which sdpa does not",
+    "use_bidirectional_attention": "lets a token see those after it, so there is nothing to predict",
+}
+
+
+def obstacles(config: Any) -> list[str]:
+    """Why a model of this transformers configuration cannot be trained, and what to do; empty when it can."""
+    family = config.model_type
+    if family in _REFUSED:
+        return [f"model_type is {family!r}: {_REFUSED[family]}"]
+    if family not in FAMILIES:
+        return [f"model_type is {family!r}; supported: {', '.join(FAMILIES)}"]
+    return [
+        f"{name} = {value!r} {effect}; give a model without it"
+        for name, effect in _NOT_COMPUTED.items()
+        if (value := getattr(config, name, None)) not in (None, False, 1)
+    ]
+
+
+def family_of(model: Any) -> Family:
+    """The family of a transformers model that ``obstacles`` let through."""
+    return FAMILIES[model.config.model_type]
+
+
+def encoder_names(stored: Iterable[str], family: str) -> dict[str, str]:
+    """Name in the bare encoder -> name in a checkpoint; what belongs to another task's head is left out.
+
+    Checkpoints of a task have the encoder under ``bert.`` or ``roberta.``, those of the encoder alone do not. The
+    oldest (bert-base-uncased) call weight and bias of a layer norm ``gamma`` and ``beta``.
+    """
+    stored, prefix = list(stored), f"{family}."
+    if any(name.startswith(prefix) for name in stored):
+        own = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+    else:
+        own = {name: name for name in stored if not name.startswith(("cls.", "lm_head."))}
+    old = {"gamma": "weight", "beta": "bias"}
+    return {
+        re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda found: old[found[0]], new): name for new, name in own.items()
+    }
