@@ -35,6 +35,7 @@ class VarlenAttention:
         max_length_q: int,
         max_length_k: int,
         dropout: float = 0.0,
+        sliding_window: int | None = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """Queries [B, heads, T, D], keys and values [B, kv_heads, T, D] -> [B, T, heads, D]."""
@@ -50,7 +51,7 @@ class VarlenAttention:
         key_HND, value_HND = (states.repeat_interleave(groups, dim=0) for states in (key_HND, value_HND))
         bounds = cu_seq_lens_q.tolist()
         documents = [
-            _causal(query_HND[:, start:end], key_HND[:, start:end], value_HND[:, start:end], scaling)
+            _causal(query_HND[:, start:end], key_HND[:, start:end], value_HND[:, start:end], scaling, sliding_window)
             for start, end in pairwise(bounds)
         ]
         output_HND = torch.cat(documents, dim=1)
@@ -66,11 +67,15 @@ def check_metadata(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -
     assert type(max_seqlen) is int and max_seqlen == lengths.max()
 
 
-def _causal(query_HSD: torch.Tensor, key_HSD: torch.Tensor, value_HSD: torch.Tensor, scaling: float) -> torch.Tensor:
+def _causal(
+    query_HSD: torch.Tensor, key_HSD: torch.Tensor, value_HSD: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
     length = query_HSD.shape[1]
-    future_SS = torch.ones(length, length, dtype=torch.bool, device=query_HSD.device).triu(1)
+    hidden_SS = torch.ones(length, length, dtype=torch.bool, device=query_HSD.device).triu(1)
+    if window is not None:  # a token sees this many, itself included
+        hidden_SS |= torch.ones_like(hidden_SS).tril(-window)
     scores_HSS = (query_HSD @ key_HSD.transpose(1, 2)).float() * scaling
-    weights_HSS = scores_HSS.masked_fill(future_SS, float("-inf")).softmax(dim=-1)
+    weights_HSS = scores_HSS.masked_fill(hidden_SS, float("-inf")).softmax(dim=-1)
     return weights_HSS.to(value_HSD.dtype) @ value_HSD
 
 

@@ -159,6 +159,32 @@ def test_packed_equals_separate(make_objective: MakeObjective, attention: str) -
     assert varlen.num_calls == (4 if attention == VARLEN else 0), "two batches, two layers"
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_packed_equals_separate_within_a_sliding_window(
+    make_objective: MakeObjective, tmp_path: Path, family: str, attention: str
+) -> None:
+    """The window is shorter than most documents and longer than some: neither rule may undo the other."""
+    register_varlen()
+    folder = make_model_folder(tmp_path / family, family, dtype=torch.float32)
+    objective = make_objective(folder, attention=attention)
+    batch = packed_batch()
+    packed_loss, packed = loss_and_gradients(objective, batch)
+    separate_loss, apart = loss_and_gradients(objective, separate(batch))
+    assert packed_loss == pytest.approx(separate_loss, rel=1e-5)
+    assert_close(packed, apart)
+    expected_loss, expected = loss_and_gradients(make_objective(folder), batch)
+    assert packed_loss == pytest.approx(expected_loss, rel=1e-5), "the same for all implementations"
+    assert_close(packed, expected)
+    with torch.no_grad():
+        assert abs(objective(one_document_a_row(batch)).item() - packed_loss) / NUM_LABELS > 1e-3
+        without = make_objective(
+            make_model_folder(tmp_path / "without", family, dtype=torch.float32, sliding_window=256),
+            attention=attention,
+        )
+        assert abs(without(batch).item() - packed_loss) / NUM_LABELS > 1e-3, "the window decides something"
+
+
 def one_document_a_row(batch: Batch) -> Batch:
     """Isolation switched off: positions and offsets that tell nothing of the documents."""
     rows, length = batch.input_ids.shape

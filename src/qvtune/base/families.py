@@ -16,7 +16,7 @@ _ENCODER = {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense
 
 @dataclass(frozen=True)
 class Family:
-    """``projections``: what a user writes -> the end of the module's path. An encoder is loaded without a task's head."""
+    """``projections``: what a user writes -> the end of a module's path. An encoder is loaded without a task's head."""
 
     projections: Mapping[str, str]
     is_encoder: bool = False
@@ -48,15 +48,15 @@ _REFUSED = {
     "'gemma3_text')",
 }
 
-# Settings that change logits or attention in a way that this project does not compute -> what they do. ``None``, False
-# and a factor of 1 change nothing.
+# Settings that change logits or attention in a way that this project does not compute -> the value that changes nothing
+# (None never does), and the effect of all others.
 _NOT_COMPUTED = {
-    "final_logit_softcapping": "caps the logits, which the loss does not",
-    "logit_scale": "scales the logits, which the loss does not",
-    "logits_scaling": "scales the logits, which the loss does not",
-    "lm_head_multiplier": "scales the logits, which the loss does not",
-    "attn_logit_softcapping": "caps the attention scores, which sdpa does not",
-    "use_bidirectional_attention": "lets a token see those after it, so there is nothing to predict",
+    "final_logit_softcapping": (None, "caps the logits, which the loss does not"),
+    "logit_scale": (1, "scales the logits, which the loss does not"),
+    "logits_scaling": (1, "scales the logits, which the loss does not"),
+    "lm_head_multiplier": (1, "scales the logits, which the loss does not"),
+    "attn_logit_softcapping": (None, "caps the attention scores, which sdpa does not"),
+    "use_bidirectional_attention": (False, "lets a token see those after it, so there is nothing to predict"),
 }
 
 
@@ -69,8 +69,8 @@ def obstacles(config: Any) -> list[str]:
         return [f"model_type is {family!r}; supported: {', '.join(FAMILIES)}"]
     return [
         f"{name} = {value!r} {effect}; give a model without it"
-        for name, effect in _NOT_COMPUTED.items()
-        if (value := getattr(config, name, None)) not in (None, False, 1)
+        for name, (neutral, effect) in _NOT_COMPUTED.items()
+        if (value := getattr(config, name, None)) not in (None, neutral)
     ]
 
 

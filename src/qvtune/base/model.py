@@ -16,8 +16,8 @@ from qvtune.errors import UserError
 def read_model_config(folder: Path, model: ModelSection) -> Any:
     """The folder's transformers configuration.
 
-    Raises UserError when it cannot be read, needs code from the folder, is quantized in a format
-    that is not read here, or is of a model that cannot be trained.
+    Raises UserError when it cannot be read, needs code from the folder, is quantized in a format that is not read
+    here, or describes a model that cannot be trained.
     """
     from transformers import AutoConfig
 
@@ -50,9 +50,9 @@ def build_skeleton(
 ) -> nn.Module:
     """The causal language model, or the bare encoder, with empty ("meta") parameters and real buffers.
 
-    With ``model.quantization: nf4`` every ``nn.Linear`` but the output head (an encoder's pooler) becomes an
-    ``NF4Linear``, the choice of QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices
-    ``stored`` in 4 bits, just those. ``with_pooler`` concerns encoders only.
+    With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
+    QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
+    ``with_pooler`` concerns encoders only.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModel, AutoModelForCausalLM
@@ -66,9 +66,9 @@ def build_skeleton(
         )
     skeleton.tie_weights()  # type: ignore[operator]  # undone by the context, which makes a parameter anew where it is set
     if model.quantization == "nf4":
-        heads = ("lm_head", "pooler.dense")
+        head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
         for name, module in list(skeleton.named_modules()):
-            if type(module) is nn.Linear and (name in stored if stored else name not in heads):
+            if type(module) is nn.Linear and (name in stored if stored else module is not head):
                 skeleton.set_submodule(
                     name,
                     NF4Linear(
