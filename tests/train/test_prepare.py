@@ -1,13 +1,22 @@
 """What is refused before anything is loaded or written."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.train.prepare import plan
 from tests.tiny import ENCODERS, make_model_folder
+
+
+@pytest.fixture(autouse=True)
+def _one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", ENCODERS)
