@@ -119,7 +119,8 @@ def test_every_other_setting_decides() -> None:
     """A new setting belongs to the trajectory until somebody says that it does not."""
     settings = trajectory_settings(config(Path("run")))
     assert settings["train"].keys() == {"global_batch_size", "seed"}
-    assert settings["model"].keys() == {"name_or_path", "quantization", "double_quant", "dtype", "trust_remote_code"}
+    model = {"name_or_path", "quantization", "double_quant", "dtype", "allow_pickle", "trust_remote_code"}
+    assert settings["model"].keys() == model
     assert settings["optimizer"].keys() == {"lr", "lr_multipliers", "betas", "eps", "weight_decay", "max_grad_norm"}
     assert settings.keys() == {"task", "model", "adapter", "optimizer", "schedule", "data", "train"}
     assert json.loads(json.dumps(settings)) == settings, "as it comes back from trainer_state.json"
