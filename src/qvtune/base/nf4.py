@@ -96,11 +96,10 @@ def quantize_shard(
     if layout.double_quant:
         with _one_thread():
             offset = absmax.mean()
-        absmax = absmax - offset
         start, end = layout.byte_span("absmax", shard)
-        contents["absmax"] = _nested(absmax, start, end)[0]
+        contents["absmax"] = _nested(absmax, offset, start, end)[0]
         start, end = layout.byte_span("nested_absmax", shard)
-        scales = _nested(absmax, start // 4 * NESTED_BLOCK, math.ceil(end / 4) * NESTED_BLOCK)[1]
+        scales = _nested(absmax, offset, start // 4 * NESTED_BLOCK, math.ceil(end / 4) * NESTED_BLOCK)[1]
         contents["nested_absmax"] = scales.view(torch.uint8)[start % 4 : start % 4 + end - start]
     else:
         start, end = layout.byte_span("absmax", shard)
@@ -121,20 +120,26 @@ def _owned(byte: int) -> int:
 
 def _gather_absmax(own: torch.Tensor, layout: Layout, shard: Shard, gather: Gather) -> torch.Tensor:
     """fp32 absmax of all blocks, from each rank those that begin in its part of the codes."""
-    spans = [layout.byte_span("weight", peer) for peer in shard.peers()]
-    counts = [_owned(end) - _owned(start) for start, end in spans]
+    counts = _owned_counts(layout, shard.num_ranks)
     padded = own.new_zeros(max(counts))
     padded[: counts[shard.rank]] = own[: counts[shard.rank]]
     return torch.cat([part[:count] for part, count in zip(gather(padded), counts, strict=True)])
 
 
-def _nested(centred_absmax: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit codes of absmax values ``[start, end)``, and the scales of the blocks of 256 that cover them."""
+@lru_cache
+def _owned_counts(layout: Layout, num_ranks: int) -> list[int]:
+    """Absmax values that each rank contributes; a model has few shapes, a thousand ranks take milliseconds."""
+    spans = [layout.byte_span("weight", rank) for rank in Shard(0, num_ranks).peers()]
+    return [_owned(end) - _owned(start) for start, end in spans]
+
+
+def _nested(absmax: torch.Tensor, offset: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit codes of ``[start, end)`` of ``absmax - offset``, and the scales of the blocks of 256 that cover them."""
     if start >= end:
-        return centred_absmax.new_empty(0, dtype=torch.uint8), centred_absmax.new_empty(0)
+        return absmax.new_empty(0, dtype=torch.uint8), absmax.new_empty(0)
     first = start // NESTED_BLOCK * NESTED_BLOCK
-    covering = centred_absmax[first : math.ceil(end / NESTED_BLOCK) * NESTED_BLOCK]
-    codes, state = bnb.quantize_blockwise(covering, blocksize=NESTED_BLOCK)
+    covering = absmax[first : math.ceil(end / NESTED_BLOCK) * NESTED_BLOCK]
+    codes, state = bnb.quantize_blockwise(covering - offset, blocksize=NESTED_BLOCK)
     return codes[start - first : end - first], state.absmax
 
 
