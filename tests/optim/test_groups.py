@@ -39,6 +39,14 @@ def test_one_group_a_projection_with_the_rate_times_its_multiplier() -> None:
     assert rates(groups_of({"q": 0.5, "v": 4.0, "o": 2.0}, "qkvo")) == {"q": 5e-4, "k": 1e-3, "v": 4e-3, "o": 2e-3}
 
 
+def test_encoders_call_their_projections_otherwise() -> None:
+    attention = "base_model.model.encoder.layer.0.attention"
+    modules = ("self.query", "self.key", "self.value", "output.dense")
+    named = [(f"{attention}.{module}.lora_A.default.weight", one()) for module in modules]
+    section = OptimizerSection(lr=1e-3, lr_multipliers={"q": 0.5, "v": 4.0, "o": 2.0})
+    assert rates(parameter_groups(named, section)) == {"q": 5e-4, "k": 1e-3, "v": 4e-3, "o": 2e-3}
+
+
 @pytest.mark.parametrize("multipliers", [{}, {"v": 4.0}, {r"layers\.0\.": 2.0, "q": 3.0}, {"lora_B": 16.0}])
 def test_every_parameter_is_in_one_group_and_no_group_is_empty(multipliers: dict[str, float]) -> None:
     named = parameters()
