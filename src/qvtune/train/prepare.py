@@ -73,12 +73,15 @@ def plan(config: RunConfig) -> Plan:
     if distributed.is_main():
         out = console()
         out.print(f"compute in {dtype} ({dtype_reason}); attention {attention} ({attention_reason})")
-        out.print(f"data: {rows.num_documents} documents in {len(rows)} rows, {int(rows.num_tokens.sum())} tokens")
+        out.print(f"data.train: {_describe(rows)}")
+        if eval_rows is not None:
+            out.print(f"data.eval: {_describe(eval_rows)}")
     max_steps = config.train.max_steps
     if max_steps is None:
         assert config.train.epochs is not None
         max_steps = max(1, math.ceil(config.train.epochs * len(rows) / config.train.global_batch_size))
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Padding has no loss and nothing attends to it: any token will do.
+    pad_token_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     return Plan(folder, attention, dtype, deepspeed_config, resume, rows, eval_rows, pad_token_id, max_steps)
 
 
@@ -111,6 +114,17 @@ def _rows(path: str, setting: str, data: DataSection, tokenizer: Any) -> TokenRo
         return build_token_rows(file, setting, data, tokenizer, cache_dir() / "tokens")
 
     return distributed.once_per_host(build)
+
+
+def _describe(rows: TokenRows) -> str:
+    text = f"{rows.num_documents} documents in {len(rows)} rows, {int(rows.num_tokens.sum())} tokens"
+    for count, what in (
+        (rows.num_skipped, "bad rows left out (data.on_bad_row)"),
+        (rows.num_truncated, "documents cut off at data.max_length"),
+        (rows.num_dropped, "documents left out, as data.max_length leaves them nothing to learn"),
+    ):
+        text += f"; {count} {what}" if count else ""
+    return text
 
 
 def prepare(config: RunConfig) -> Run:
