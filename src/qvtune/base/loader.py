@@ -210,8 +210,9 @@ def _load_plain(
     """A tensor that is not quantized: this rank's range, cast to the compute dtype, zeros as padding."""
     total = empty.numel()
     start, end = placement.shard.span(total)
-    piece = torch.zeros(placement.shard.numel(total), dtype=dtype)
-    piece[: end - start] = weights.read_flat(name, start, end).to(dtype)
+    piece = weights.read_flat(name, start, end).to(dtype)
+    if padding := placement.shard.numel(total) - len(piece):
+        piece = nn.functional.pad(piece, (0, padding))
     return placement.parameter(tuple(empty.shape), piece)
 
 
