@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint.folder import step_folder, write_json
+from qvtune.checkpoint.folder import step_folder
 from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
+from qvtune.files import write_json
 from qvtune.train import run_folder
 from qvtune.train.run_folder import environment, find_resume, open_run_folder, trajectory_settings
 

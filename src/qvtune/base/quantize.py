@@ -23,6 +23,7 @@ from qvtune.base.shard import Whole
 from qvtune.base.source import StoredTensor, open_weights, read_headers
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
+from qvtune.files import sha256
 from qvtune.report.console import console
 
 _PROGRESS = "progress.json"
@@ -49,7 +50,7 @@ def quantize(
     for number, (file, names) in enumerate(plan.items(), start=1):
         if file not in progress["files"]:
             _write_shard(partial / file, base, names)
-            progress["files"][file] = {"bytes": (partial / file).stat().st_size, "sha256": _sha256(partial / file)}
+            progress["files"][file] = {"bytes": (partial / file).stat().st_size, "sha256": sha256(partial / file)}
             progress["source"] |= {name: describe(base.weights, name) for name in names}
             _write_json(partial / _PROGRESS, progress)
         console().print(f"{number}/{len(plan)} {file}")
@@ -86,7 +87,7 @@ def _open_progress(partial: Path, base: Base, plan: _Plan, double_quant: bool) -
     progress: dict[str, Any] = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
     if progress["identity"] != identity:
         raise UserError(f"{partial} was made from another source or with other settings; delete it to start anew")
-    damaged = [name for name, entry in progress["files"].items() if _sha256(partial / name) != entry["sha256"]]
+    damaged = [name for name, entry in progress["files"].items() if sha256(partial / name) != entry["sha256"]]
     if damaged:
         raise UserError([f"{partial / name} is damaged; delete {partial} to start anew" for name in damaged])
     return progress
@@ -183,8 +184,3 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   th
 checkpoints/latest           symbolic link to the newest complete one
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qvtune.errors import UserError
+from qvtune.files import fsync, sha256
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
@@ -52,13 +52,13 @@ def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> 
     write_files(temporary)
     files = sorted(path for path in temporary.iterdir())
     manifest: dict[str, dict[str, Any]] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in temporary.iterdir():
-        _fsync(path)
+        fsync(path)
     temporary.chmod(0o755)
-    _fsync(temporary)
+    fsync(temporary)
     if target.exists():  # the same step again, after a resume from an older one
         _discard(target)
     os.rename(temporary, target)
@@ -106,7 +106,7 @@ def verify(folder: Path) -> None:
             problems.append(f"{path}: missing")
         elif path.stat().st_size != entry["bytes"]:
             problems.append(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written")
-        elif _sha256(path) != entry["sha256"]:
+        elif sha256(path) != entry["sha256"]:
             problems.append(f"{path}: the content is not what was written (sha256)")
     if problems:
         raise UserError([*problems, _damaged(folder)])
@@ -116,17 +116,12 @@ def _damaged(folder: Path) -> str:
     return f"{folder} is damaged; delete it to use the checkpoint before it"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a newline at the end."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def _point_latest(checkpoints: Path, target: Path) -> None:
     link = checkpoints / ".latest"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     os.replace(link, checkpoints / "latest")
-    _fsync(checkpoints)
+    fsync(checkpoints)
 
 
 def _discard(folder: Path) -> None:
@@ -134,16 +129,3 @@ def _discard(folder: Path) -> None:
     doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     os.rename(folder, doomed / folder.name)
     shutil.rmtree(doomed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

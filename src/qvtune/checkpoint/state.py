@@ -15,9 +15,9 @@ from qvtune.adapters.projections import saved_name, trainable
 from qvtune.base import fingerprint
 from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.shard import Shard
-from qvtune.checkpoint.folder import write_json
 from qvtune.cluster import distributed
 from qvtune.errors import UserError
+from qvtune.files import write_json
 
 _BASE = "base.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")

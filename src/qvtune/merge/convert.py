@@ -15,10 +15,10 @@ from qvtune.base.loader import Base, open_base
 from qvtune.base.source import model_folder
 from qvtune.base.writer import write_model
 from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint.folder import write_json
 from qvtune.checkpoint.state import TrainerState, load_trainer_state, require_base
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
+from qvtune.files import write_json
 from qvtune.merge.adapter import LoraAdapter, read_adapter, trained_dtype
 from qvtune.merge.output import model_output, require_free, write_config
 from qvtune.merge.proof import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from qvtune.checkpoint.folder import write_json
 from qvtune.errors import UserError
+from qvtune.files import fsync, write_json
 
 
 def require_free(output: Path) -> None:
@@ -31,17 +31,9 @@ def model_output(output: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
-            _fsync(path)
+            fsync(path)
         os.rename(folder, output)
-    _fsync(output.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(output.parent)
 
 
 def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint.folder import write_json
 from qvtune.checkpoint.state import load_trainer_state
 from qvtune.cluster import distributed
 from qvtune.config.load import dump_config
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
+from qvtune.files import write_json
 from qvtune.report.console import console
 
 _PACKAGES = (
