@@ -23,7 +23,7 @@ from qvtune.base.shard import Whole
 from qvtune.base.source import StoredTensor, open_weights, read_headers
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from qvtune.files import sha256
+from qvtune.files import sha256, write_json
 from qvtune.report.console import console
 
 _PROGRESS = "progress.json"
@@ -182,5 +182,5 @@ def _contents(partial: Path) -> Fingerprint:
 
 def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_json(temporary, value)
     os.replace(temporary, path)

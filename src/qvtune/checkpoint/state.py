@@ -3,6 +3,7 @@
 Whole tensors by name do not depend on the number of ranks. All functions that take an engine are collective.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,6 @@ def require_base(folder: Path, found: Fingerprint) -> None:
 
 def load_trainer_state(folder: Path) -> TrainerState:
     """The counters of a checkpoint."""
-    import json
-
     stored = json.loads((folder / "trainer_state.json").read_text())
     stored["eval_losses"] = {int(step): loss for step, loss in stored["eval_losses"].items()}
     return TrainerState(**stored)
