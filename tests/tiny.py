@@ -73,23 +73,22 @@ def make_model_folder(
     configuration. Encoders are saved as masked language models: with a prefix, a head and without a pooler.
     """
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=64,
-        head_dim=head_dim,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=intermediate_size,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=256,
-        initializer_range=0.2,  # attention that is far from uniform
-        tie_word_embeddings=tie,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **_FAMILY_OPTIONS.get(family, {}) | options,
-    )
+    settings = {
+        "hidden_size": 64,
+        "head_dim": head_dim,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": intermediate_size,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # attention that is far from uniform
+        "tie_word_embeddings": tie,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(family, **settings | _FAMILY_OPTIONS.get(family, {}) | options)
     architecture = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from qvtune.config.deepspeed import ALLOWED_KEYS, resolve_deepspeed
+from qvtune.config.deepspeed import ALLOWED_KEYS, fill_from_model, resolve_deepspeed
 from qvtune.config.load import load_config
 from qvtune.config.schema import OptimizerSection, RunConfig, TrainSection
 from qvtune.errors import UserError
@@ -63,13 +63,13 @@ def test_every_file_resolves_with_every_recipe(name: str, recipe: str) -> None:
         resolved = resolve_deepspeed(config, world_size, "bfloat16")
         micro, accumulation = resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]
         assert micro * accumulation * world_size == config.train.global_batch_size
-        assert "auto" not in json.dumps(resolved)
+        assert "auto" not in json.dumps(fill_from_model(resolved, 1000))
 
 
 @pytest.mark.parametrize("name", JSONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deepspeed_reads_what_was_meant(name: str, dtype: str) -> None:
-    accepted = DeepSpeedConfig(resolve_deepspeed(config_of(name), 1, dtype))
+    accepted = DeepSpeedConfig(fill_from_model(resolve_deepspeed(config_of(name), 1, dtype), 1000))
     assert (accepted.train_batch_size, accepted.train_micro_batch_size_per_gpu) == (12, 2)
     assert accepted.gradient_accumulation_steps == 6
     assert accepted.gradient_clipping == 0.25
@@ -79,6 +79,7 @@ def test_deepspeed_reads_what_was_meant(name: str, dtype: str) -> None:
     if accepted.zero_config.stage == 3:
         assert accepted.zero_config.param_persistence_threshold == 0
         assert accepted.zero_config.max_reuse_distance == 0
+        assert accepted.zero_config.max_live_parameters == 2000
     assert (accepted.zero_config.offload_param is not None) == (name == "zero3_offload.json")
     assert accepted.zero_config.zero_hpz_partition_size == (8 if name == "zero3_hpz.json" else 1)
 
@@ -103,7 +104,7 @@ class Recording(dict[str, Any]):
 
 def test_every_allowed_key_is_one_that_deepspeed_reads() -> None:
     """Against DeepSpeed's own code: a key that it never asks for would be ignored without a word."""
-    content = Recording(resolve_deepspeed(config_of(), 1, "float32"))
+    content = Recording(fill_from_model(resolve_deepspeed(config_of(), 1, "float32"), 1000))
     content.asked = set()
     content |= {"comms_logger": {"enabled": False}, "flops_profiler": {"enabled": False}}
     DeepSpeedConfig(content)
@@ -124,6 +125,13 @@ def test_auto_and_absent_keys_are_filled_from_the_run(tmp_path: Path) -> None:
     assert {key: resolved[key] for key in wanted} == wanted
     path.write_text(json.dumps({**wanted, **stage3()}))  # the run's own values may also be written out
     assert resolve_deepspeed(config_of(path), 3, "bfloat16") == resolved
+
+
+def test_a_number_of_live_parameters_that_is_written_out_stays(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(stage3(stage3_max_live_parameters=5)))
+    resolved = resolve_deepspeed(config_of(path), 1, "bfloat16")
+    assert fill_from_model(resolved, 1000)["zero_optimization"]["stage3_max_live_parameters"] == 5
 
 
 @pytest.mark.parametrize(

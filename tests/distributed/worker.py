@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from qvtune.base.fingerprint import content_of
+from qvtune.base.loader import peak_rss_bytes
 from qvtune.base.nf4 import NF4Linear
 from qvtune.cluster import distributed
 from qvtune.config.schema import RunConfig
@@ -26,7 +27,9 @@ from qvtune.data.batch import collate
 from qvtune.data.order import rows_of_step
 from qvtune.errors import UserError
 from qvtune.train import loop
+from qvtune.train import prepare as train_prepare
 from qvtune.train.prepare import prepare
+from tests.base.one_of_many import resident_bytes_now
 from tests.varlen_attention import register_varlen
 
 LEAKING = "leaking"  # beside the VARLEN of tests/varlen_attention.py
@@ -79,6 +82,27 @@ class SignalAt:
         return rows_of_step(step, *arguments)
 
 
+def memory(config: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a training: resident before the base is read, at their peak in the steps, and those of the base."""
+    noted: dict[str, int] = {}
+
+    def load(*arguments: Any) -> Any:
+        noted["idle"] = resident_bytes_now()
+        loaded = load_model(*arguments)
+        noted["base"] = loaded[1].base_bytes
+        return loaded
+
+    def prepare_and_forget(config: RunConfig) -> Any:
+        run = prepare(config)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far
+        return run
+
+    load_model = train_prepare._load_model
+    with patch.object(train_prepare, "_load_model", load), patch.object(loop, "prepare", prepare_and_forget):
+        assert loop.train(RunConfig.model_validate(config)) == loop.EXIT_DONE
+    return {**noted, "peak": peak_rss_bytes()}
+
+
 def base(config: dict[str, Any]) -> dict[str, Any]:
     """A prepared run's base against the file and bitsandbytes, and its loss on the first row of the data."""
     run = prepare(RunConfig.model_validate(config))
@@ -125,7 +149,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-JOBS = {"train": train, "base": base}
+JOBS = {"train": train, "base": base, "memory": memory}
 
 
 def main() -> None:

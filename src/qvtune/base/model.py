@@ -80,3 +80,9 @@ def build_skeleton(
                     ),
                 )
     return skeleton.requires_grad_(False)
+
+
+def largest_layer_numel(skeleton: nn.Module) -> int:
+    """Stored elements of the largest decoder layer, which is what ZeRO-3 gathers, module by module, to run it."""
+    stacks = [module for module in skeleton.modules() if isinstance(module, nn.ModuleList)]
+    return max(sum(parameter.numel() for parameter in layer.parameters()) for stack in stacks for layer in stack)

@@ -56,6 +56,7 @@ _REFUSED_ZERO = {
     "stage3_gather_fp16_weights_on_model_save": "nothing is saved through DeepSpeed; remove it",
 }
 _STAGES = (2, 3)
+_MAX_LIVE = "stage3_max_live_parameters"
 
 
 def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
 
     ``config.deepspeed`` is a path, or the name of a file in ds_configs/. Batch sizes, clipping and precision belong to
     the run: where the JSON has "auto" or nothing they are filled in, where it has a value it must be the run's.
+    An "auto" that depends on the model stays, for ``fill_from_model``.
 
     Args:
         dtype: ``float32`` or ``bfloat16``, as resolved for the device.
@@ -77,12 +79,26 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
     resolved, problems = _read_json(path)
     problems += _key_problems(resolved)
     problems += _fill(resolved, _values_of_run(config, world_size, dtype))
-    problems += [f'`{name}` is "auto", but the run has no value for it; give one' for name in _autos(resolved)]
+    problems += [
+        f'`{name}` is "auto", but the run has no value for it; give one'
+        for name in _autos(resolved)
+        if name != f"zero_optimization.{_MAX_LIVE}"
+    ]
     problems += _zero_problems(resolved, world_size)
     problems = _batch_problems(config, world_size) + [f"{path}: {problem}" for problem in problems]
     if problems:
         raise UserError(problems)
     return resolved
+
+
+def fill_from_model(resolved: dict[str, Any], layer_numel: int) -> dict[str, Any]:
+    """``resolved`` with its last "auto": two layers of ``layer_numel`` stored elements may be gathered at a time.
+
+    DeepSpeed prefetches a bucket before every submodule, so only this bound keeps it from gathering all of a model.
+    """
+    zero = resolved["zero_optimization"]
+    filled = {_MAX_LIVE: 2 * layer_numel} if zero.get(_MAX_LIVE) == "auto" else {}
+    return resolved | {"zero_optimization": zero | filled}
 
 
 def _find_json(name: str) -> Path:
@@ -187,7 +203,11 @@ def _zero_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
         allowed = "allowed: 3 (base, gradients and optimizer sharded), 2 (base whole on every rank)"
         problems.append(f"`zero_optimization.stage` {found}; {allowed}")
     try:
-        current = {key: value for key, value in zero.items() if key not in _REFUSED_ZERO}
+        current = {
+            key: value
+            for key, value in zero.items()
+            if key not in _REFUSED_ZERO and (key, value) != (_MAX_LIVE, "auto")
+        }
         DeepSpeedZeroConfig(**{**current, "stage": stage if stage in _STAGES else 3})
     except ValidationError as error:
         problems += [describe(detail, DeepSpeedZeroConfig, ("zero_optimization",)) for detail in error.errors()]

@@ -13,12 +13,13 @@ from qvtune.base.attention import choose_attention, choose_dtype
 from qvtune.base.families import FAMILIES, family_of
 from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.loader import LoadReport, fill, open_base
+from qvtune.base.model import largest_layer_numel
 from qvtune.base.shard import Whole, ZeroPartition
 from qvtune.base.source import model_folder
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.state import TrainerState
 from qvtune.cluster import distributed
-from qvtune.config.deepspeed import resolve_deepspeed
+from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
 from qvtune.config.schema import DataSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.demo import demo_files
@@ -66,8 +67,9 @@ def plan(config: RunConfig) -> Plan:
         resume = find_resume(config)
     folder = distributed.once_per_host(lambda: model_folder(config.model.name_or_path, cache_dir()))
     with distributed.together():
-        _check_model(folder, config, dtype)
+        layer_numel = _check_model(folder, config, dtype)
         tokenizer = _tokenizer(folder, config)
+    deepspeed_config = fill_from_model(deepspeed_config, layer_numel)
     rows = _rows(config.data.train, "data.train", config.data, tokenizer)
     eval_rows = None if config.data.eval is None else _rows(config.data.eval, "data.eval", config.data, tokenizer)
     if distributed.is_main():
@@ -85,8 +87,11 @@ def plan(config: RunConfig) -> Plan:
     return Plan(folder, attention, dtype, deepspeed_config, resume, rows, eval_rows, pad_token_id, max_steps)
 
 
-def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
-    """Weights against architecture, and groups against projections, on a skeleton without memory."""
+def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> int:
+    """Weights against architecture, and groups against projections, on a skeleton without memory.
+
+    Returns the elements that a decoder layer is stored in.
+    """
     base = open_base(folder, config.model, dtype, attention="sdpa")
     if family_of(base.skeleton).is_encoder:
         decoders = [name for name, family in FAMILIES.items() if not family.is_encoder]
@@ -94,8 +99,10 @@ def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
             f"task: {config.task} predicts the next token, and {folder} is an encoder, whose tokens see those after "
             f"them; give a decoder ({', '.join(decoders)}) in model.name_or_path"
         )
+    layer_numel = largest_layer_numel(base.skeleton)
     adapted = add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed)
     parameter_groups(trainable(adapted), config.optimizer)
+    return layer_numel
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> Any:

@@ -1,0 +1,57 @@
+"""What a rank holds while it trains: its shard, two layers at work, and what one process needs for itself."""
+
+
+import pytest
+
+from tests.distributed.lab import Lab, make_lab
+from tests.tiny import make_model_folder
+
+NUM_RANKS = 8
+NUM_LAYERS = 16
+# glibc keeps what is freed between other things, several times the base; so blocks of 64 KiB are given back at once.
+RETURN_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@pytest.fixture(scope="module")
+def wide_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Layers that are large against what a process needs for anything else."""
+    lab = make_lab(tmp_path_factory.mktemp("memory"))
+    make_model_folder(
+        lab.folder / "wide",
+        num_layers=NUM_LAYERS,
+        hidden_size=768,
+        head_dim=192,
+        intermediate_size=2048,
+        initializer_range=0.02,
+    )
+    return lab
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_copy_of_the_base_survives(wide_lab: Lab, checkpointing: bool) -> None:
+    """Peak above idle <= shard + two layers + activations, these measured with the base on one rank."""
+    found = {}
+    for num_ranks in (1, NUM_RANKS):
+        name = f"{num_ranks}-{checkpointing}"
+        config = wide_lab.config(
+            name,
+            model__name_or_path=str(wide_lab.folder / "wide"),
+            train__max_steps=2,
+            train__global_batch_size=8,
+            train__activation_checkpointing=checkpointing,
+        )
+        jobs = [{"name": "memory", "do": "memory", "config": config}]
+        for one in wide_lab.launch(name, num_ranks, jobs, **RETURN_WHAT_IS_FREED):
+            assert one.code == 0, one.output
+        found[num_ranks] = [rank["memory"] for rank in wide_lab.results(name, num_ranks)]
+
+    (alone,) = found[1]
+    activations = alone["peak"] - alone["idle"] - alone["base"]
+    for rank in found[NUM_RANKS]:
+        added = rank["peak"] - rank["idle"]
+        allowed = rank["base"] + 2 * alone["base"] // NUM_LAYERS + activations
+        print(  # noqa: T201 - the figures are what one runs this for (pytest -s)
+            f"\nactivation checkpointing {checkpointing}: peak above idle {added / 2**20:.1f} MiB, allowed "
+            f"{allowed / 2**20:.1f}: shard {rank['base'] / 2**20:.1f}, activations {activations / 2**20:.1f}"
+        )
+        assert added <= allowed
