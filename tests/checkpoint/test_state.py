@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.loader import load_whole
-from qvtune.checkpoint.state import TrainerState, load_adapter, load_trainer_state, require_base, save
+from qvtune.checkpoint.state import TrainerState, load_trained, load_trainer_state, require_base, save
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 
@@ -80,7 +80,7 @@ def test_an_adapter_comes_back_bit_by_bit(llama_fp32_folder: Path, tmp_path: Pat
     source, target = adapted(llama_fp32_folder), adapted(llama_fp32_folder)
     randomize(source)
     save_checkpoint(source, tmp_path)
-    load_adapter(tmp_path, target)
+    load_trained(tmp_path, target)
     loaded = dict(trainable(target))
     for name, parameter in trainable(source):
         assert torch.equal(loaded[name], parameter)
@@ -89,7 +89,7 @@ def test_an_adapter_comes_back_bit_by_bit(llama_fp32_folder: Path, tmp_path: Pat
 def test_another_adapter_is_refused_with_all_differences(llama_fp32_folder: Path, tmp_path: Path) -> None:
     save_checkpoint(adapted(llama_fp32_folder, projections=("q", "k")), tmp_path)
     with pytest.raises(UserError) as caught:
-        load_adapter(tmp_path, adapted(llama_fp32_folder, projections=("q", "v")))
+        load_trained(tmp_path, adapted(llama_fp32_folder, projections=("q", "v")))
     assert len(caught.value.problems) == 8  # two layers, two factors, v missing and k too many
     assert sum("v_proj" in problem and "is missing" in problem for problem in caught.value.problems) == 4
     assert sum("k_proj" in problem and "has no place" in problem for problem in caught.value.problems) == 4
@@ -100,7 +100,7 @@ def test_another_rank_is_refused_with_all_shapes(llama_fp32_folder: Path, tmp_pa
     model = adapted(llama_fp32_folder, rank=8)
     before = {name: parameter.clone() for name, parameter in trainable(model)}
     with pytest.raises(UserError, match=r"has shape \[4, 64\], this run needs \[8, 64\] \(adapter\.rank\)") as caught:
-        load_adapter(tmp_path, model)
+        load_trained(tmp_path, model)
     assert len(caught.value.problems) == 8
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainable(model)), "nothing half-loaded"
 
@@ -108,7 +108,7 @@ def test_another_rank_is_refused_with_all_shapes(llama_fp32_folder: Path, tmp_pa
 def test_a_file_of_another_program_is_refused(llama_fp32_folder: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="weight has no place in this run's adapter"):
-        load_adapter(tmp_path, adapted(llama_fp32_folder))
+        load_trained(tmp_path, adapted(llama_fp32_folder))
 
 
 def test_another_base_is_refused_by_tensor(llama_fp32_folder: Path, tmp_path: Path) -> None:

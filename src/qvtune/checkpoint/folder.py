@@ -1,6 +1,7 @@
 """The checkpoint folder: written whole or not at all, checked before it is used, readable by PEFT as it is.
 
-checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it
+checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it; or, where
+                             trained.safetensors        matrices of the base are trained, these under the base's names
                              optimizer.safetensors      fp32 masters and AdamW moments by parameter name
                              trainer_state.json         step, counters, the settings that made the trajectory
                              base.json                  fingerprint of the base, tensor by tensor

@@ -151,7 +151,7 @@ def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> 
     checkpoints = run.run_dir / "checkpoints"
     size = 0
     if distributed.is_main():
-        peft_config = run.engine.module.model.peft_config["default"]
+        peft_config = getattr(run.engine.module.model, "peft_config", {}).get("default")
         size = checkpoint_folder.write(
             checkpoints,
             run.state.step,

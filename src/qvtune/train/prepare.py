@@ -87,7 +87,7 @@ def plan(config: RunConfig) -> Plan:
 
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
     """Weights against architecture, and groups against projections, on a skeleton without memory."""
-    base = open_base(folder, config.model, dtype, attention="sdpa")
+    base = open_base(folder, config.model, dtype, "sdpa", config.adapter)
     if family_of(base.skeleton).is_encoder:
         decoders = [name for name, family in FAMILIES.items() if not family.is_encoder]
         raise UserError(
@@ -133,7 +133,7 @@ def prepare(config: RunConfig) -> Run:
     model, load, content = _load_model(config, planned)
     if planned.resume is not None:
         checkpoint_state.require_base(planned.resume, content)
-        checkpoint_state.load_adapter(planned.resume, model)
+        checkpoint_state.load_trained(planned.resume, model)
         state = checkpoint_state.load_trainer_state(planned.resume)
         if distributed.is_main():
             console().print(_resume_line(planned, state))
@@ -153,7 +153,7 @@ def _resume_line(planned: Plan, state: TrainerState) -> str:
 
 
 def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport, Fingerprint]:
-    base = open_base(planned.folder, config.model, planned.dtype, planned.attention)
+    base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
         gather = distributed.gather_tensor
