@@ -7,7 +7,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,15 +168,24 @@ def _packed_problems(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[
     return problems
 
 
-def fill(base: Base, placement: Placement, dtype: torch.dtype, gather: Gather) -> tuple[LoadReport, Fingerprint]:
+def fill(
+    base: Base,
+    placement: Placement,
+    dtype: torch.dtype,
+    gather: Gather,
+    between_modules: Callable[[], None] = lambda: None,
+) -> tuple[LoadReport, Fingerprint]:
     """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
 
     Quantization starts from the stored precision, so that the same base has the same bits in every compute dtype.
-    Raises UserError, on all ranks, naming the tensors that hold NaN or infinite values.
+    ``between_modules`` is called equally often, between the same modules, on all ranks. Raises UserError, on all ranks,
+    naming the tensors that hold NaN or infinite values.
     """
     started = time.monotonic()
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors are read once
     for path, module in base.skeleton.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            between_modules()
         if isinstance(module, NF4Linear):
             _fill_quantized(path, module, base, placement, gather)
             _return_freed_memory()
