@@ -41,7 +41,8 @@ def save_checkpoint(model: Any, folder: Path, trainer: TrainerState | None = Non
         }
         for name, parameter in trainable(model)
     }
-    save(folder, state, model.peft_config["default"], trainer or TrainerState(), BASE)
+    peft_config = model.peft_config["default"] if hasattr(model, "peft_config") else None
+    save(folder, state, peft_config, trainer or TrainerState(), BASE)
 
 
 def test_peft_reads_the_adapter_as_it_is(llama_fp32_folder: Path, tmp_path: Path) -> None:
@@ -109,6 +110,31 @@ def test_a_file_of_another_program_is_refused(llama_fp32_folder: Path, tmp_path:
     save_file({"weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="weight has no place in this run's adapter"):
         load_trained(tmp_path, adapted(llama_fp32_folder))
+
+
+def test_trained_matrices_are_stored_under_the_names_of_the_base(llama_fp32_folder: Path, tmp_path: Path) -> None:
+    section = AdapterSection(method="full", projections=("q", "o"))
+    source, target = (
+        add_adapters(load_whole(llama_fp32_folder, ModelSection(), torch.float32, adapter=section), section, "", 0)
+        for _ in range(2)
+    )
+    original = load_file(llama_fp32_folder / "model.safetensors")
+    assert {name for name, _ in trainable(source)} == {
+        f"model.layers.{layer}.self_attn.{matrix}_proj.weight" for layer in (0, 1) for matrix in ("q", "o")
+    }
+    assert all(torch.equal(parameter, original[name]) for name, parameter in trainable(source)), "not rounded to 4 bits"
+    randomize(source)
+    save_checkpoint(source, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "trained.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+        "base.json",
+    }
+    stored = load_file(tmp_path / "trained.safetensors")
+    assert stored.keys() == dict(trainable(source)).keys()
+    load_trained(tmp_path, target)
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in trainable(target))
 
 
 def test_another_base_is_refused_by_tensor(llama_fp32_folder: Path, tmp_path: Path) -> None:

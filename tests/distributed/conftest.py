@@ -66,6 +66,7 @@ def one(lab: Lab) -> Results:
         _base(lab, "one-unquantized", model__quantization="none"),
         _train(lab, "one"),
         _train(lab, "one-micro_batch", train__micro_batch_size=2),
+        _train(lab, "full-on-one", **FULL),
     ]
     return _launch(lab, "one", 1, jobs)
 
