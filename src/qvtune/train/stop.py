@@ -52,7 +52,7 @@ class StopRequest:
             os._exit(128 + received)
         if self.signal is None:
             self.signal = received
-            # In a thread of its own: it waits for rank 0, which may hang, and here the second request must come through.
+            # In a thread of its own: it waits for rank 0, which may hang, and the second request must get through.
             threading.Thread(target=distributed.announce, args=(self._announcement, received.name), daemon=True).start()
 
     def poll(self) -> None:
