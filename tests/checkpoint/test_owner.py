@@ -29,6 +29,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder.distributed, "gather_objects", lambda own: [own])
     monkeypatch.setattr(run_folder.distributed, "barrier", lambda: None)
     monkeypatch.setattr(run_folder.distributed, "together", nullcontext)
+    monkeypatch.setattr(run_folder.distributed, "from_main", lambda value: value)
     # TensorBoard's files bear the process id in their names: no process writes into another's.
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
     monkeypatch.setattr(run_folder, "environment", lambda hosts: {})  # asks git

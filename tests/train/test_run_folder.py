@@ -24,6 +24,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder.distributed, "gather_objects", lambda own: [own])
     monkeypatch.setattr(run_folder.distributed, "barrier", lambda: None)
     monkeypatch.setattr(run_folder.distributed, "together", nullcontext)
+    monkeypatch.setattr(run_folder.distributed, "from_main", lambda value: value)
 
 
 def config(run_dir: Path, **sections: Any) -> RunConfig:

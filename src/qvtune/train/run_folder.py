@@ -111,9 +111,9 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
     """
     hosts = distributed.gather_objects(socket.gethostname())
     owner = take(Path(config.run_dir)) if distributed.is_main() else None
-    distributed.barrier()
     with distributed.together():
-        resume = find_resume(config)
+        found = find_resume(config) if owner is not None else None
+    resume: Path | None = distributed.from_main(found)  # other hosts may not see yet what the old owner did last
     if owner is not None:
         if resume is None and (aside := owner.set_aside()):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
