@@ -1,6 +1,5 @@
 """What a rank holds while it trains: its shard, two layers at work, and what one process needs for itself."""
 
-
 import pytest
 
 from tests.distributed.lab import Lab, make_lab
