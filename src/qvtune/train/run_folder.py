@@ -1,16 +1,15 @@
 """The run folder: whether a run starts there anew or goes on, and the record of what was run."""
 
-import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qvtune import versions
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.state import load_trainer_state
 from qvtune.cluster import distributed
@@ -20,17 +19,6 @@ from qvtune.errors import UserError
 from qvtune.files import write_json
 from qvtune.report.console import console
 
-_PACKAGES = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "flash-attn",
-    "safetensors",
-    "numpy",
-)
 # What may change between the parts of one run: it leaves the losses as they are, or, as another length does to the
 # schedule of the steps to come, changes them in a way that is asked for and logged. All else must stay.
 _FREE_SETTINGS = {
@@ -47,6 +35,7 @@ _FREE_SETTINGS = {
     "model": {"attention"},
     "data": {"eval"},
 }
+_OF_THE_JOB = ("logs", "submitted")  # made before the run starts; the code that is running may lie there
 
 
 def trajectory_settings(config: RunConfig) -> dict[str, Any]:
@@ -105,17 +94,14 @@ def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -
 def open_run_folder(config: RunConfig, resume: Path | None, deepspeed_config: dict[str, Any]) -> Path:
     """Create the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
 
-    An earlier run in the place of a new one is renamed to ``run_dir.1``, ``.2``, ... and kept.
+    An earlier run in the place of a new one is moved to ``run_dir.1``, ``.2``, ... and kept; what belongs to the job
+    that is starting (``logs``, ``submitted``) stays.
     """
     run_dir = Path(config.run_dir)
     hosts = distributed.gather_objects(socket.gethostname())
     if distributed.is_main():
-        if resume is None and run_dir.exists() and any(run_dir.iterdir()):
-            aside = next(
-                path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.{n}")).exists()
-            )
-            os.rename(run_dir, aside)
-            console().print(f"an earlier run was in {run_dir}; it is now {aside}")
+        if resume is None:
+            _move_aside(run_dir)
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         checkpoint_folder.remove_unfinished(run_dir / "checkpoints")
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -125,12 +111,23 @@ def open_run_folder(config: RunConfig, resume: Path | None, deepspeed_config: di
     return run_dir
 
 
+def _move_aside(run_dir: Path) -> None:
+    earlier = [path for path in run_dir.glob("*") if path.name not in _OF_THE_JOB]
+    if not earlier:
+        return
+    aside = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+    aside.mkdir()
+    for path in earlier:
+        os.rename(path, aside / path.name)
+    console().print(f"an earlier run was in {run_dir}; it is now {aside}")
+
+
 def environment(hosts: list[str]) -> dict[str, Any]:
     """Versions, commit, command line and machines of this start."""
     return {
-        "packages": {name: _version(name) for name in ("qvtune", *_PACKAGES)},
+        "packages": versions.installed(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": versions.commit(),
         "argv": sys.argv,
         "hosts": hosts,
         "world_size": distributed.world_size(),
@@ -140,21 +137,3 @@ def environment(hosts: list[str]) -> dict[str, Any]:
         "torch_num_threads": torch.get_num_threads(),
         "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The source's commit, with ``-dirty`` when files differ from it; None outside a repository."""
-    described = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None if described.returncode == 0 else None
