@@ -1,4 +1,4 @@
-"""launch/doctor.py on all hosts of a job: finds what is wrong and names the host, and is silent on a healthy cluster."""
+"""launch/doctor.py on all hosts of a job: finds each fault and names the host; no false alarm where there is none."""
 
 import importlib.metadata
 import os
@@ -54,9 +54,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return lab
 
 
-def examine(cluster: Cluster, lab: Lab, *options: str, **environment: str) -> Diagnosis:
+def examine(cluster: Cluster, lab: Lab, *options: str, nodes: int = len(HOSTS), **environment: str) -> Diagnosis:
     """Run the doctor on all hosts, as slurm/train.sbatch does."""
-    step = [f"--nodes={len(HOSTS)}", "--partition=all", "--ntasks-per-node=1", f"--gpus-per-node={GPUS_PER_HOST}"]
+    step = [f"--nodes={nodes}", "--partition=all", "--ntasks-per-node=1", f"--gpus-per-node={GPUS_PER_HOST}"]
     variables = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}",
         "PYTHONPATH": f"{lab.folder / 'site'}{os.pathsep}{REPOSITORY / 'src'}",
@@ -176,7 +176,7 @@ def test_the_sicker_host_is_named(sicker: Diagnosis, host: str, found: str) -> N
 
 def test_fewer_gpus_than_expected_everywhere(cluster: Cluster, lab: Lab) -> None:
     """Nobody is worse than the others: there is nothing to exclude."""
-    diagnosis = examine(cluster, lab, "--gpus-per-node", str(GPUS_PER_HOST + 1))
+    diagnosis = examine(cluster, lab, "--gpus-per-node", str(GPUS_PER_HOST + 1), nodes=2)
     assert diagnosis.code == 1, diagnosis.output
     (row,) = [row for row in diagnosis.rows if row[0] == "FAIL"]
     assert row[1:4] == ("GPUs", "all", f"Slurm has granted {GPUS_PER_HOST} of the {GPUS_PER_HOST + 1} asked")

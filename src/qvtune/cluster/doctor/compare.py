@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from qvtune.cluster.doctor.findings import Finding, Report, Verdict, outliers
+from qvtune.cluster.doctor.collective import CHECK
+from qvtune.cluster.doctor.findings import NOBODY, Finding, Report, Verdict, outliers
 from qvtune.cluster.doctor.network import REACH
 
 _CLOCK_SECONDS = 5.0
@@ -92,11 +93,30 @@ def _peers(reports: Sequence[Report], hosts: Sequence[str]) -> list[Verdict]:
     ]
 
 
-def blame_master(found: Sequence[Verdict], hosts: Sequence[str]) -> list[Verdict]:
-    """When no node of several reaches the master, the master is at fault: one finding there instead of one on each."""
-    failed = [(host, finding) for host, finding in found if finding.check == REACH and finding.status == "fail"]
+def blame(found: Sequence[Verdict], hosts: Sequence[str]) -> list[Verdict]:
+    """The same, where a fault of one node shows on others: those findings go to the node, or to none."""
+    return _blame_for_collective(_blame_master(found, hosts))
+
+
+def _blame_master(found: Sequence[Verdict], hosts: Sequence[str]) -> list[Verdict]:
+    """When no node of several reaches the master, the master is at fault."""
+    failed = _failed(found, REACH)
     if len(failed) < 2 or len(failed) < len(hosts) - 1:
         return list(found)
     first = failed[0][1]
     blamed = Finding(REACH, "fail", f"no other node reaches it; {failed[0][0]}: {first.detail}", first.remedy)
     return [verdict for verdict in found if verdict not in failed] + [(hosts[0], blamed)]
+
+
+def _blame_for_collective(found: Sequence[Verdict]) -> list[Verdict]:
+    """One rank that fails makes all fail: only who says something else than most nodes do is blamed."""
+    failed = _failed(found, CHECK)
+    if not failed:
+        return list(found)
+    (usual, count), *_ = Counter(finding for _, finding in failed).most_common(1)
+    other = [verdict for verdict in failed if verdict[1] != usual] if 2 * count > len(failed) else []
+    return [verdict for verdict in found if verdict not in failed] + other + [(NOBODY, usual)]
+
+
+def _failed(found: Sequence[Verdict], check: str) -> list[Verdict]:
+    return [(host, finding) for host, finding in found if finding.check == check and finding.status == "fail"]

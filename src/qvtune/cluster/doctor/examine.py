@@ -14,6 +14,7 @@ from qvtune import versions
 from qvtune.base.attention import choose_dtype
 from qvtune.base.source import BaseWeights
 from qvtune.cluster.doctor import compare, devices, network, software, storage, table
+from qvtune.cluster.doctor.collective import Ranks
 from qvtune.cluster.doctor.findings import Finding, Report, Verdict, verdicts
 from qvtune.cluster.doctor.meeting import Peer, Roll, free_port, leave_in, left_in
 from qvtune.cluster.doctor.needs import Needs, needs_of, open_folder
@@ -43,7 +44,7 @@ def doctor(
     run = None if config is None else load_config(config, overrides)
     place = find_place(nodes, gpus_per_node, os.environ)
     shared = None if run is None else storage.probe_folder(Path(run.run_dir), place.job)
-    with ThreadPoolExecutor(1) as pool, network.listen() as listener:
+    with Ranks.running() as ranks, ThreadPoolExecutor(1) as pool, network.listen() as listener:
         joining = pool.submit(network.join, place, started + _CONNECT)
         report = local_report(place, run, shared)
         link = joining.result()
@@ -51,9 +52,9 @@ def doctor(
             *link.findings,
             clock_offset=link.clock_offset,
             listener=listener.getsockname()[1],
-            ranks=max(1, torch.cuda.device_count()),
+            ranks=ranks.number,
         )
-        examination = _Examination(place, shared, link, started)
+        examination = _Examination(place, shared, link, ranks, started)
         (examination.lead if place.node == 0 else examination.follow)(report)
 
 
@@ -113,25 +114,35 @@ def _run_facts(place: Place, run: RunConfig | None) -> tuple[Needs | None, list[
 class _Examination:
     """One node's way through the two stages of the meeting."""
 
-    def __init__(self, place: Place, shared: Path | None, link: Link, started: float) -> None:
-        self._place, self._shared, self._link, self._started = place, shared, link, started
+    def __init__(self, place: Place, shared: Path | None, link: Link, ranks: Ranks, started: float) -> None:
+        self._place, self._shared, self._link, self._ranks, self._started = place, shared, link, ranks, started
 
     def follow(self, report: Report) -> None:
-        """A node other than the master: hands in, takes part, and waits until it has been heard."""
-        self._leave(report)
-        roll = self._link.hand_in(0, report, self._started + _ARRIVAL)
-        if roll is not None:
-            report = self._second_stage(report, roll)
-            self._leave(report)
-            roll = self._link.hand_in(1, report, self._started + _END)
-        heard = roll is not None or self._was_read()
+        """A node other than the master: hands in, takes part, and stays until it has been heard."""
+        try:
+            roll = self._link.hand_in(0, report, self._started + _ARRIVAL)
+            if report.node in {peer.node for peer in roll.peers}:
+                report = self._second_stage(report, roll)
+                self._link.hand_in(1, report, self._started + _END)
+        except OSError as error:
+            if self._link.visit is not None:
+                report = report.with_more(network.unreachable(f"the connection was lost: {error}"))
+            self._leave_in_folder(report)
+        self._link.close()
         if self._shared is not None and 0 not in report.figures.get("sees", (0,)):
             storage.remove_probes(self._shared)  # nobody else's
-        if not heard:
-            failed = [f"{found.check}: {found.detail}" for found in report.findings if found.status == "fail"]
-            raise NoGo(
-                [f"{self._place.host} could not tell {self._place.hosts[0]}: {text}" for text in failed or ["-"]]
-            )
+
+    def _leave_in_folder(self, report: Report) -> None:
+        """The second way: wait until the master has read the report, and with it removed the shared folder."""
+        with suppress(OSError):  # a folder that is full or missing: then nobody reads, and that is raised below
+            if self._shared is not None:
+                leave_in(self._shared, report)
+                while time.monotonic() < self._started + _END + 2:
+                    if not self._shared.exists():
+                        return
+                    time.sleep(0.2)
+        failed = [f"{found.check}: {found.detail}" for found in report.findings if found.status == "fail"]
+        raise NoGo(f"{self._place.host} could not tell {self._place.hosts[0]}: {'; '.join(failed)}")
 
     def lead(self, report: Report) -> None:
         """The master: collects, compares, prints."""
@@ -139,15 +150,17 @@ class _Examination:
         waited = time.monotonic() - self._started
         desk = self._link.desk
         if desk is not None:
-            roll = desk.roll(0, time.monotonic())
+            roll = desk.end(0)
         else:
             roll = Roll((Peer(0, self._place.host, 0, report.figures["ranks"]),), free_port())
         report = self._second_stage(report, roll)
         second = self._collect(1, report, self._started + _END, tuple(peer.node for peer in roll.peers))
+        if desk is not None:
+            desk.end(1)
         reports = first | second
         hosts = self._place.hosts
         found: list[Verdict] = verdicts(reports[node] for node in sorted(reports))
-        found = compare.blame_master(found + compare.compare(reports, hosts, waited), hosts)
+        found = compare.blame(found + compare.compare(reports, hosts, waited), hosts)
         found += [
             (peer.host, Finding("answer", "fail", "went silent in the second stage (network tests)"))
             for peer in roll.peers
@@ -156,8 +169,7 @@ class _Examination:
         table.show(found, hosts, time.monotonic() - self._started, console())
         if self._shared is not None:
             storage.remove_probes(self._shared)
-        if desk is not None:
-            desk.close()
+        self._link.close()
         if any(finding.status == "fail" for _, finding in found):
             raise NoGo(table.verdict(found, hosts))
 
@@ -169,7 +181,8 @@ class _Examination:
                 report = report.with_more(sees=storage.visible_markers(self._shared, report.node, present, 3.0))
             report = report.with_more(unreachable=network.unreachable_peers(roll.peers, report.node))
         master = self._place.hosts[0] if len(self._place.hosts) > 1 else "127.0.0.1"
-        return report.with_more(*network.try_collective(roll, master, report.node, self._started + _COLLECTIVE))
+        deadline = self._started + _COLLECTIVE
+        return report.with_more(*self._ranks.try_collective(roll, master, report.node, deadline))
 
     def _collect(
         self, stage: int, own: Report, deadline: float, expected: tuple[int, ...] | None = None
@@ -186,19 +199,4 @@ class _Examination:
             if wanted <= reports.keys() or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        if desk is not None:
-            desk.end(stage)
         return reports
-
-    def _leave(self, report: Report) -> None:
-        with suppress(OSError):  # a folder that is full or missing has been found already; the network is the other way
-            if self._shared is not None:
-                leave_in(self._shared, report)
-
-    def _was_read(self) -> bool:
-        """Whether the master has removed the shared folder, and with it the report."""
-        while self._shared is not None and time.monotonic() < self._started + _END + 2:
-            if not self._shared.exists():
-                return True
-            time.sleep(0.2)
-        return False

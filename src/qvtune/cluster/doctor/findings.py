@@ -44,6 +44,7 @@ class Report:
 
 
 Verdict = tuple[str, Finding]  # host, what was found there
+NOBODY = "together"  # in the place of a host: what shows on several and blames none of them
 
 
 def verdicts(reports: Iterable[Report]) -> list[Verdict]:

@@ -9,7 +9,8 @@ import socket
 import socketserver
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qvtune.cluster.doctor.findings import Report
 
 _LONGEST_LINE = 1 << 20  # bytes
 _CLOCK_ROUNDS = 5
+_LAST_ANSWERS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Desk:
         self._job, self._num_nodes = job, num_nodes
         self._changed = threading.Condition()
         self._stages: dict[int, dict[int, Report]] = {}
-        self._ended: set[int] = set()
+        self._rolls: dict[int, Roll] = {}
         self._server: socketserver.ThreadingTCPServer | None = None
         self._free_port = 0
+        self._visitors = 0
 
     def open(self, port: int) -> None:
         """Listen on all interfaces. Raises OSError when the port cannot be had."""
@@ -63,7 +66,7 @@ class Desk:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 # A node that has gone is missing from the table, which says so; others may scan ports.
-                with suppress(OSError, ValueError):
+                with desk._counted(), suppress(OSError, ValueError):
                     for line in iter(lambda: self.rfile.readline(_LONGEST_LINE), b""):
                         self.wfile.write(json.dumps(desk._answer(json.loads(line))).encode() + b"\n")
 
@@ -75,10 +78,23 @@ class Desk:
         self._free_port = free_port()
 
     def close(self) -> None:
-        """Stop listening."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+        """Stop listening, when the visitors have had their answers, or are not taking them."""
+        assert self._server is not None
+        with self._changed:
+            self._changed.wait_for(lambda: self._visitors == 0, timeout=_LAST_ANSWERS_SECONDS)
+        self._server.shutdown()
+        self._server.server_close()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._count(1)
+        yield
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._visitors += change
+            self._changed.notify_all()
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         if question.get("job") != self._job:
@@ -99,21 +115,23 @@ class Desk:
         with self._changed:
             return dict(self._stages.get(stage, {}))
 
-    def end(self, stage: int) -> None:
-        """Wait for no more nodes in this stage."""
-        with self._changed:
-            self._ended.add(stage)
-            self._changed.notify_all()
+    def end(self, stage: int) -> Roll:
+        """Wait for no more nodes in this stage; the roll that all get from now on."""
+        return self.roll(stage, deadline=0.0)
 
     def roll(self, stage: int, deadline: float) -> Roll:
-        """Who has handed in, as soon as that is everybody, the stage has been ended, or at the deadline."""
+        """Who has handed in, as soon as that is everybody, or by the deadline; one and the same roll for all."""
         with self._changed:
             reports = self._stages.setdefault(stage, {})
             self._changed.wait_for(
-                lambda: stage in self._ended or len(reports) >= self._num_nodes, timeout=deadline - time.monotonic()
+                lambda: stage in self._rolls or len(reports) >= self._num_nodes, timeout=deadline - time.monotonic()
             )
-            peers = (Peer(node, r.host, r.figures["listener"], r.figures["ranks"]) for node, r in reports.items())
-            return Roll(tuple(sorted(peers, key=lambda peer: peer.node)), self._free_port)
+            if stage not in self._rolls:
+                figures = [(node, report.host, report.figures) for node, report in sorted(reports.items())]
+                peers = tuple(Peer(node, host, known["listener"], known["ranks"]) for node, host, known in figures)
+                self._rolls[stage] = Roll(peers, self._free_port)
+                self._changed.notify_all()
+            return self._rolls[stage]
 
 
 class Visit:
