@@ -304,6 +304,7 @@ class Cluster:
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # unshare complains when its child is killed
             text=True,
             start_new_session=True,  # Ctrl-C is for the tests, which then take the cluster down
         )
