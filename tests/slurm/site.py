@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from tests.distributed.lab import Lab, make_lab
 from tests.processes import REPOSITORY, run_ranks
 from tests.slurm.cluster import GPUS_PER_HOST, Cluster, Job
 
-MAX_STEPS = 24  # some seconds: a fault that waits for step 4 finds the run at work
-SAVE_EVERY = 10
+MAX_STEPS = 20  # some seconds: a fault that waits for step 4 finds the run at work
+SAVE_EVERY = 8
 COLLECTIVE_TIMEOUT_SECONDS = 15
 CLUSTER_ENV = """
 export PATH={bin}:$PATH
@@ -85,7 +84,8 @@ def make_site(cluster: Cluster, folder: Path) -> Site:
     """The checkout's folders are this repository's own; only cluster.env is the site's."""
     lab = make_lab(folder)
     site = Site(cluster, lab)
-    changes: Mapping[str, Any] = {"train__max_steps": MAX_STEPS, "train__save_every": SAVE_EVERY}
+    changes: dict[str, Any] = {"train__max_steps": MAX_STEPS, "train__save_every": SAVE_EVERY}
+    changes |= {"train__global_batch_size": 12, "data__eval": str(folder / "eval.jsonl")}  # 12: for 1, 2 and 4 ranks
     (folder / "recipe.yaml").write_text(yaml.safe_dump(lab.config("recipe", **changes)))
     (site.home / "slurm").mkdir(parents=True)
     for name in ("launch", "src", "ds_configs"):

@@ -22,8 +22,8 @@ Value = TypeVar("Value")
 def start() -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed.
 
-    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (by default half an hour) for a rank ends the run: that is
-    how a network that has been cut is noticed. Raises UserError where the variable is not a number of seconds.
+    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (by default half an hour) for a rank ends the run: so
+    a network that has been cut is noticed. Raises UserError where the variable is not a number of seconds.
     """
     timeout = _timeout()
     if not torch.cuda.is_available():
