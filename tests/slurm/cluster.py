@@ -231,6 +231,18 @@ class Cluster:
         (self.folder / host / "slurmd.pid").unlink(missing_ok=True)
         self.run(host, "slurmd", "-N", host)
 
+    @contextmanager
+    def slurmd_timeout(self, seconds: int) -> Iterator[None]:
+        """Within the block slurmctld gives a silent host up only after so long."""
+        self._set_slurmd_timeout(seconds)
+        yield
+        self._set_slurmd_timeout(SLURMD_TIMEOUT_SECONDS)
+
+    def _set_slurmd_timeout(self, seconds: int) -> None:
+        config = self.folder / "etc" / "slurm.conf"
+        config.write_text(re.sub(r"(?m)^SlurmdTimeout=.*$", f"SlurmdTimeout={seconds}", config.read_text()))
+        self.run(LOGIN, "scontrol", "reconfigure")
+
     def wait_idle(self, *hosts: str, timeout: float = 60) -> None:
         """Until these hosts are up and have no job."""
 
@@ -304,6 +316,7 @@ class Cluster:
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # unshare complains when its child is killed
             text=True,
             start_new_session=True,  # Ctrl-C is for the tests, which then take the cluster down
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.slurm.cluster import Cluster, missing, running_cluster
+from tests.slurm.site import Site, make_site
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,9 @@ def cluster() -> Iterator[Cluster]:
         (pytest.fail if os.environ.get("QVTUNE_REQUIRE_SLURM") == "1" else pytest.skip)(f"no Slurm cluster: {reason}")
     with running_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A checkout, a model and data on the cluster."""
+    return make_site(cluster, tmp_path_factory.mktemp("site"))

@@ -13,8 +13,8 @@ def run_command(command: Callable[[], int]) -> int:
     A UserError is printed once, by rank 0, and gives exit code 2; it is raised on all ranks (``distributed.together``).
     Any other exception ends this rank with a traceback, without collectives: the launcher ends the others.
     """
-    distributed.start()
     try:
+        distributed.start()
         code = command()
     except UserError as error:
         if distributed.is_main():

@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,12 @@ Value = TypeVar("Value")
 
 
 def start() -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed.
+
+    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (by default half an hour) for a rank ends the run: so
+    a network that has been cut is noticed. Raises UserError where the variable is not a number of seconds.
+    """
+    timeout = _timeout()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _share_cores()
@@ -33,7 +39,14 @@ def start() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get("QVTUNE_TIMEOUT_SECONDS", "1800")
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"QVTUNE_TIMEOUT_SECONDS (slurm/cluster.env): {text!r} is not a number of seconds, e.g. 1800")
+    return timedelta(seconds=int(text))
 
 
 def _share_cores() -> None:
