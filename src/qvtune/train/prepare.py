@@ -98,7 +98,7 @@ def check_recipe(config: RunConfig, world_size: int, on_gpus: bool) -> None:
     Base and rows land in the caches, where the run on ``world_size`` ranks finds them. Raises UserError with the
     problems of all parts that can be looked at on their own.
     """
-    dtype = _dtype_there(config, on_gpus)
+    dtype = dtype_there(config, on_gpus)
     problems: list[str] = []
 
     def attempt(check: Callable[[], Value]) -> Value | None:
@@ -121,7 +121,7 @@ def check_recipe(config: RunConfig, world_size: int, on_gpus: bool) -> None:
         raise UserError(problems)
 
 
-def _dtype_there(config: RunConfig, on_gpus: bool) -> torch.dtype:
+def dtype_there(config: RunConfig, on_gpus: bool) -> torch.dtype:
     """What ``choose_dtype`` will say on the machines of the run: their GPUs are taken to have bfloat16."""
     if config.model.dtype == "auto":
         return torch.bfloat16 if on_gpus else torch.float32

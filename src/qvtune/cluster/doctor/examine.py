@@ -141,6 +141,7 @@ class _Examination:
                     if not self._shared.exists():
                         return
                     time.sleep(0.2)
+                storage.remove_probes(self._shared)
         failed = [f"{found.check}: {found.detail}" for found in report.findings if found.status == "fail"]
         raise NoGo(f"{self._place.host} could not tell {self._place.hosts[0]}: {'; '.join(failed)}")
 

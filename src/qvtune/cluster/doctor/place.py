@@ -43,7 +43,7 @@ class Place:
 def find_place(nodes: int | None, gpus_per_node: int | None, environment: Mapping[str, str]) -> Place:
     """This process's place; ``nodes`` and ``gpus_per_node`` are what the person expects, None = what the job has.
 
-    ``QVTUNE_PROCS_PER_NODE`` asks for that many processes on CPUs, as in slurm/cluster.env.
+    ``QVTUNE_PROCS_PER_NODE`` ranks that are not one for each GPU are meant to run on CPUs (slurm/cluster.env).
 
     Raises UserError when a step of several nodes has not one process a node, or fewer nodes than expected.
     """
@@ -75,7 +75,7 @@ def find_place(nodes: int | None, gpus_per_node: int | None, environment: Mappin
         gpus_asked=asked,
         gpus_granted=granted,
         processes=processes or asked or 1,
-        on_cpus=bool(processes),
+        on_cpus=processes not in (0, asked),
     )
 
 
@@ -100,6 +100,6 @@ def _asked(environment: Mapping[str, str], granted: int | None) -> int | None:
 
 def _port(environment: Mapping[str, str], alone: bool) -> int:
     """The one that the run will use where it is known already; else one that all nodes compute alike. 0 = any."""
-    if port := environment.get("MASTER_PORT"):
+    if port := environment.get("QVTUNE_MASTER_PORT") or environment.get("MASTER_PORT"):
         return int(port)
     return 0 if alone else _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _NUM_PORTS
