@@ -33,13 +33,17 @@ def start() -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
     os.environ.setdefault("LOCAL_RANK", "0")
-    # Between DeepSpeed, transformers and torch; nothing that the person at the console could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+    silence_others()
     import deepspeed
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+def silence_others() -> None:
+    """No warnings between DeepSpeed, transformers and torch: nothing that the person at the console could change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
 
 
 def _timeout() -> timedelta:

@@ -29,7 +29,8 @@ def check_gpus(place: Place, environment: Mapping[str, str], num_cuda: int) -> l
     if visible is not None and len(set(visible)) != len(visible):
         problems.append((f"CUDA_VISIBLE_DEVICES={','.join(visible)} names a GPU twice", "do not set it in a profile"))
     expected = asked if granted is None else max(asked, granted)
-    if visible is not None and len(visible) < expected and (granted is None or granted >= asked):
+    hidden = place.on_cpus and not visible  # on purpose
+    if visible is not None and not hidden and len(visible) < expected and (granted is None or granted >= asked):
         clash = f"CUDA_VISIBLE_DEVICES={','.join(visible)} leaves {len(visible)} of {expected} visible"
         problems.append((clash, "a profile or the job script sets it; leave it to Slurm"))
     if asked > num_cuda and not problems and not place.on_cpus:
