@@ -34,5 +34,5 @@ code=$?
 [[ $asked && $code == 1 ]] && code=75
 # All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look at
 # the ranks once a second: give them time to see the same.
-[[ $code == 2 || $code == 75 ]] && sleep 3
+[[ $code == 2 || $code == 75 ]] && sleep 2
 exit "$code"
