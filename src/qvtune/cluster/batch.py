@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch asks Python, before and after the run: ``python -m qvtune.cluster.batch prepare|lost ...``.
+"""What slurm/train.sbatch and slurm/node.sh ask Python: ``python -m qvtune.cluster.batch prepare|lost ...``.
 
 Imports nothing that takes seconds.
 """
