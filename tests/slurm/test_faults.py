@@ -53,7 +53,10 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site, job_
     with site.cluster.slurmd_timeout(600):
         site.cluster.cut(lost)
         site.cluster.wait_for_job(
-            job.id, lambda now: f"lost host: {lost}; it does not answer" in now.log(), "ended by the timeout", timeout=240
+            job.id,
+            lambda now: f"lost host: {lost}; it does not answer" in now.log(),
+            "ended by the timeout",
+            timeout=240,
         )
     done = site.cluster.wait(job.id, timeout=360)
     site.cluster.heal(lost)
