@@ -31,7 +31,8 @@ wait "$launcher"
 code=$?
 
 ((code > 192)) && code=$((384 - code)) # a rank that signal n has ended: -n for the launcher, 128 + n for a shell
-[[ $asked && $code == 1 ]] && code=75
+# 143: a rank that was still starting, or heard it twice
+[[ $asked && ($code == 1 || $code == 143) ]] && code=75
 case $code in
     0) ;;
     # All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look
