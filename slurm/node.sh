@@ -31,8 +31,18 @@ wait "$launcher"
 code=$?
 
 ((code > 192)) && code=$((384 - code)) # a rank that signal n has ended: -n for the launcher, 128 + n for a shell
-[[ $asked && $code == 1 ]] && code=75
-# All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look at
-# the ranks once a second: give them time to see the same.
-[[ $code == 2 || $code == 75 ]] && sleep 3
+# 143: a rank that was still starting, or heard it twice
+[[ $asked && ($code == 1 || $code == 143) ]] && code=75
+case $code in
+    0) ;;
+    # All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look
+    # at the ranks once a second: give them time to see the same.
+    2 | 75) sleep 2 ;;
+    *)
+        # srun would wait for a host that does not answer until Slurm gives the host up
+        read -ra hosts <<<"$QVTUNE_HOSTS"
+        [[ $(python -m qvtune.cluster.batch lost "$QVTUNE_MASTER_PORT" "${hosts[@]}") ]] &&
+            scancel --batch --signal=USR2 "$SLURM_JOB_ID"
+        ;;
+esac
 exit "$code"

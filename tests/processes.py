@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,25 +51,41 @@ def run_ranks(
     return _run([command] * num_ranks, ranks, folder, timeout)
 
 
+@contextmanager
+def started(command: Sequence[str | Path], folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs meanwhile, in a session of its own; at the end it and all its children are killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        process = _start(command, environment, stack, folder / "stdout.txt", folder / "stderr.txt")
+        yield process
+
+
+def _start(
+    command: Sequence[str | Path], environment: Mapping[str, str], stack: ExitStack, out: Path, err: Path
+) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env=_environment(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=stack.enter_context(out.open("wb")),
+        stderr=stack.enter_context(err.open("wb")),
+        start_new_session=True,  # so that a launcher's children can be killed with it
+    )
+    stack.callback(_kill, process)
+    return process
+
+
 def _run(
     commands: Sequence[Sequence[str | Path]], environments: Sequence[Mapping[str, str]], folder: Path, timeout: float
 ) -> list[Finished]:
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [(folder / f"stdout-{index}.txt", folder / f"stderr-{index}.txt") for index in range(len(commands))]
     with ExitStack() as stack:
-        processes = []
-        for command, environment, (out, err) in zip(commands, environments, outputs, strict=True):
-            process = subprocess.Popen(
-                [str(word) for word in command],
-                cwd=REPOSITORY,
-                env=_environment(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=stack.enter_context(out.open("wb")),
-                stderr=stack.enter_context(err.open("wb")),
-                start_new_session=True,  # so that a launcher's children can be killed with it
-            )
-            processes.append(process)
-            stack.callback(_kill, process)
+        processes = [
+            _start(command, environment, stack, out, err)
+            for command, environment, (out, err) in zip(commands, environments, outputs, strict=True)
+        ]
         in_time = _wait(processes, timeout)
         if not in_time:
             _show_where_they_hang(processes)

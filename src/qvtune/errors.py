@@ -15,3 +15,9 @@ class UserError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class StopRequested(Exception):  # no error: what was asked for
+    """The run was asked to stop; raised on all ranks at the same place, so that they save and leave together."""
+
+    exit_code = 75

@@ -109,5 +109,6 @@ def test_projection_and_factor_of_a_name() -> None:
     path = "base_model.model.encoder.layer.3.attention"
     assert projection_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
     assert projection_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
+    assert projection_and_factor("model.layers.11.self_attn.v_proj.weight") == ("v", None)
     with pytest.raises(AssertionError, match="gate_proj"):
         projection_and_factor("model.mlp.gate_proj.lora_A.default.weight")

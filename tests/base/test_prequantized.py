@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qvtune.base.loader import fill, load_whole, open_base
 from qvtune.base.nf4 import NF4Linear
 from qvtune.base.shard import Shard, Whole
-from qvtune.config.schema import ModelSection
+from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -77,6 +77,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, llama_folder: Path
         load_whole(folder, ModelSection(quantization="none"), torch.float32)
     with pytest.raises(UserError, match=r"set model\.double_quant: True"):
         load_whole(folder, ModelSection(double_quant=False), torch.float32)
+    with pytest.raises(UserError, match=r"q_proj and 3 other matrices that adapter\.method: full trains are stored"):
+        load_whole(folder, ModelSection(), torch.float32, adapter=AdapterSection(method="full"))
 
 
 @pytest.mark.parametrize(

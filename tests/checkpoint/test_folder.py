@@ -155,6 +155,28 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert len(complete_checkpoints(tmp_path)) == 2
 
 
+def test_best_has_the_lowest_evaluation_loss_and_stays(tmp_path: Path) -> None:
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0}
+    for step in range(1, 9):
+        write(tmp_path, step, files(a="text"))
+        checkpoint_folder.mark_best(tmp_path, {key: loss for key, loss in losses.items() if key <= step})
+        prune(tmp_path, keep=2)
+    assert os.readlink(tmp_path / "best") == "step-00000004", "of equal losses the first; relative, as latest is"
+    assert names(tmp_path) == ["best", "latest", "step-00000004", "step-00000007", "step-00000008"]
+    assert resolve(tmp_path / "best") == step_folder(tmp_path.resolve(), 4)
+    assert newest(tmp_path) == step_folder(tmp_path, 8)
+    write(tmp_path, 9, files(a="text"))
+    checkpoint_folder.mark_best(tmp_path, losses | {9: 0.5})
+    prune(tmp_path, keep=2)
+    assert names(tmp_path) == ["best", "latest", "step-00000007", "step-00000008", "step-00000009"]
+
+
+def test_a_checkpoint_without_an_evaluation_is_not_the_best(tmp_path: Path) -> None:
+    write(tmp_path, 1, files(a="text"))
+    checkpoint_folder.mark_best(tmp_path, {0: 1.0, 2: 0.5})
+    assert names(tmp_path) == ["latest", "step-00000001"]
+
+
 def test_a_crash_while_pruning_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         write(tmp_path, step, files(a="text"))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.loader import load_whole
-from qvtune.checkpoint.state import TrainerState, load_adapter, load_trainer_state, require_base, save
+from qvtune.checkpoint.state import TrainerState, load_trained, load_trainer_state, require_base, save
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 
@@ -41,7 +41,8 @@ def save_checkpoint(model: Any, folder: Path, trainer: TrainerState | None = Non
         }
         for name, parameter in trainable(model)
     }
-    save(folder, state, model.peft_config["default"], trainer or TrainerState(), BASE)
+    peft_config = model.peft_config["default"] if hasattr(model, "peft_config") else None
+    save(folder, state, peft_config, trainer or TrainerState(), BASE)
 
 
 def test_peft_reads_the_adapter_as_it_is(llama_fp32_folder: Path, tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_an_adapter_comes_back_bit_by_bit(llama_fp32_folder: Path, tmp_path: Pat
     source, target = adapted(llama_fp32_folder), adapted(llama_fp32_folder)
     randomize(source)
     save_checkpoint(source, tmp_path)
-    load_adapter(tmp_path, target)
+    load_trained(tmp_path, target)
     loaded = dict(trainable(target))
     for name, parameter in trainable(source):
         assert torch.equal(loaded[name], parameter)
@@ -89,7 +90,7 @@ def test_an_adapter_comes_back_bit_by_bit(llama_fp32_folder: Path, tmp_path: Pat
 def test_another_adapter_is_refused_with_all_differences(llama_fp32_folder: Path, tmp_path: Path) -> None:
     save_checkpoint(adapted(llama_fp32_folder, projections=("q", "k")), tmp_path)
     with pytest.raises(UserError) as caught:
-        load_adapter(tmp_path, adapted(llama_fp32_folder, projections=("q", "v")))
+        load_trained(tmp_path, adapted(llama_fp32_folder, projections=("q", "v")))
     assert len(caught.value.problems) == 8  # two layers, two factors, v missing and k too many
     assert sum("v_proj" in problem and "is missing" in problem for problem in caught.value.problems) == 4
     assert sum("k_proj" in problem and "has no place" in problem for problem in caught.value.problems) == 4
@@ -100,7 +101,7 @@ def test_another_rank_is_refused_with_all_shapes(llama_fp32_folder: Path, tmp_pa
     model = adapted(llama_fp32_folder, rank=8)
     before = {name: parameter.clone() for name, parameter in trainable(model)}
     with pytest.raises(UserError, match=r"has shape \[4, 64\], this run needs \[8, 64\] \(adapter\.rank\)") as caught:
-        load_adapter(tmp_path, model)
+        load_trained(tmp_path, model)
     assert len(caught.value.problems) == 8
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainable(model)), "nothing half-loaded"
 
@@ -108,7 +109,32 @@ def test_another_rank_is_refused_with_all_shapes(llama_fp32_folder: Path, tmp_pa
 def test_a_file_of_another_program_is_refused(llama_fp32_folder: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="weight has no place in this run's adapter"):
-        load_adapter(tmp_path, adapted(llama_fp32_folder))
+        load_trained(tmp_path, adapted(llama_fp32_folder))
+
+
+def test_trained_matrices_are_stored_under_the_names_of_the_base(llama_fp32_folder: Path, tmp_path: Path) -> None:
+    section = AdapterSection(method="full", projections=("q", "o"))
+    source, target = (
+        add_adapters(load_whole(llama_fp32_folder, ModelSection(), torch.float32, adapter=section), section, "", 0)
+        for _ in range(2)
+    )
+    original = load_file(llama_fp32_folder / "model.safetensors")
+    assert {name for name, _ in trainable(source)} == {
+        f"model.layers.{layer}.self_attn.{matrix}_proj.weight" for layer in (0, 1) for matrix in ("q", "o")
+    }
+    assert all(torch.equal(parameter, original[name]) for name, parameter in trainable(source)), "not rounded to 4 bits"
+    randomize(source)
+    save_checkpoint(source, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "trained.safetensors",
+        "optimizer.safetensors",
+        "trainer_state.json",
+        "base.json",
+    }
+    stored = load_file(tmp_path / "trained.safetensors")
+    assert stored.keys() == dict(trainable(source)).keys()
+    load_trained(tmp_path, target)
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in trainable(target))
 
 
 def test_another_base_is_refused_by_tensor(llama_fp32_folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from qvtune.cluster import command
 from qvtune.cluster.command import run_alone, run_command
-from qvtune.errors import UserError
+from qvtune.errors import StopRequested, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,10 @@ def user_error() -> Never:
     raise UserError(["the first is wrong", "the second too"])
 
 
+def request() -> Never:
+    raise StopRequested("stopped on request (SIGTERM)")
+
+
 def defect() -> Never:
     raise ZeroDivisionError
 
@@ -30,6 +34,12 @@ def defect() -> Never:
 def test_the_commands_own_code(calls: list[str], code: int) -> None:
     assert run_command(lambda: code) == code
     assert calls == ["start", "stop"]
+
+
+def test_a_request_before_there_was_anything_to_save(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(request) == 75
+    assert capsys.readouterr().err.startswith("stopped on request (SIGTERM) before the first step")
+    assert calls == ["start", "stop"], "all ranks leave together"
 
 
 def test_a_persons_mistake_is_printed_without_a_traceback(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,15 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qvtune.cluster import distributed
-from qvtune.errors import UserError
+from qvtune.errors import StopRequested, UserError
 from tests.processes import run_command
 
 START = """
@@ -99,9 +101,23 @@ def test_who_sets_the_number_of_threads_gets_it(monkeypatch: pytest.MonkeyPatch)
     assert torch.get_num_threads() == 1
 
 
-def others_report(monkeypatch: pytest.MonkeyPatch, *problems: str) -> None:
-    """A second rank whose block ended with these problems."""
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, problems])
+def test_the_timeout_of_collectives_is_half_an_hour_or_what_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QVTUNE_TIMEOUT_SECONDS", raising=False)
+    assert distributed._timeout() == timedelta(minutes=30)
+    monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", "45")
+    assert distributed._timeout() == timedelta(seconds=45)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "10m"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", text)
+    with pytest.raises(UserError, match="QVTUNE_TIMEOUT_SECONDS"):
+        distributed._timeout()
+
+
+def others_report(monkeypatch: pytest.MonkeyPatch, *problems: str, stop: str | None = None) -> None:
+    """A second rank whose block ended with these problems, or with this request to stop."""
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, (problems, stop)])
 
 
 def fail(*problems: str) -> Callable[[], None]:
@@ -136,6 +152,32 @@ def test_together_raises_the_problems_of_all_ranks_once_each(
     assert caught.value.problems == expected
 
 
+def request() -> None:
+    raise StopRequested("mine")
+
+
+@pytest.mark.parametrize(
+    ("block", "stop", "expected"), [(request, None, "mine"), (request, "theirs", "mine"), (int, "theirs", "theirs")]
+)
+def test_together_raises_a_request_to_stop_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, block: Callable[[], object], stop: str | None, expected: str
+) -> None:
+    others_report(monkeypatch, stop=stop)
+    with pytest.raises(StopRequested, match=expected), distributed.together():
+        block()
+
+
+def test_a_mistake_comes_before_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started again it would be there again."""
+    others_report(monkeypatch, "wrong")
+    with pytest.raises(UserError, match="wrong"), distributed.together():
+        request()
+
+
+def test_one_rank_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
+
+
 def test_together_lets_defects_through_without_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(distributed, "gather_objects")
     with pytest.raises(ZeroDivisionError), distributed.together():
@@ -148,7 +190,7 @@ def test_once_per_host_the_first_rank_builds_before_the_others(
 ) -> None:
     events: list[str] = []
 
-    def gather(own: tuple[str, ...]) -> list[tuple[str, ...]]:
+    def gather(own: Any) -> list[Any]:
         events.append("meet")
         return [own]
 

@@ -248,6 +248,14 @@ def test_bad_value_is_named_with_what_is_allowed(tmp_path: Path, override: str, 
     assert "Input should" not in problem
 
 
+def test_full_has_no_factors(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path, SMALLEST, "adapter.method=full", "adapter.rank=16", "adapter.dropout=0.0")
+    assert "adapter" in problem and "without factors: dropout, rank must not be set" in problem
+    config = load_config(write(tmp_path, SMALLEST), ["adapter.method=full"])
+    assert config.model_dump()["adapter"] == {"method": "full", "projections": ("q", "v")}
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
 def test_missing_key_is_named(tmp_path: Path) -> None:
     assert "recipe.yaml: `run_dir` is not set" in only_problem(tmp_path, "train: {max_steps: 3}")
 

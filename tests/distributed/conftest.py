@@ -26,6 +26,24 @@ EQUIVALENT: dict[str, dict[str, Any]] = {
 DROPOUT = {"adapter__dropout": 0.1}
 ZERO2 = {"deepspeed": "zero2.json"}
 STOP = {"train__stop_after_step": 3}
+FULL = {"adapter": {"method": "full", "projections": ["q", "v"]}}
+# Runs of "plain" that are asked to stop before the nth call of a function; what they change; the step they stop after.
+# A step has three micro-batches a rank, and the check of the packing one before the first.
+MIDDLE_OF_STEP_3 = {"function": "qvtune.train.loop.collate", "nth": 1 + 2 * 3 + 2, "number": signal.SIGTERM, "to": 1}
+EVALUATION = {"function": "qvtune.train.loop.evaluate", "number": signal.SIGINT}
+TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "terminated": (MIDDLE_OF_STEP_3, {}, 2),
+    "terminated-zero2": (MIDDLE_OF_STEP_3, ZERO2, 2),
+    "terminated-dropout": (MIDDLE_OF_STEP_3, DROPOUT, 2),
+    "terminated-at-once": ({**EVALUATION, "nth": 1}, {}, 0),
+    "terminated-evaluation": ({**EVALUATION, "nth": 2}, {}, 2),
+}
+# Asked before the run folder is opened; rows that no earlier run has tokenized.
+UNSEEN_ROWS = {"data__max_length": 63}
+TERMINATED_EARLY = {
+    "terminated-tokenizing": {"function": "qvtune.data.dataset.tokenize_row", "nth": 20},
+    "terminated-loading": {"function": "qvtune.base.loader._fill_quantized", "nth": 3},
+}
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +66,7 @@ def one(lab: Lab) -> Results:
         _base(lab, "one-unquantized", model__quantization="none"),
         _train(lab, "one"),
         _train(lab, "one-micro_batch", train__micro_batch_size=2),
+        _train(lab, "full-on-one", **FULL),
     ]
     return _launch(lab, "one", 1, jobs)
 
@@ -58,7 +77,7 @@ def two(lab: Lab) -> Results:
     jobs = [
         _base(lab, "two-base"),
         _base(lab, "two-unquantized", model__quantization="none"),
-        _train(lab, "plain", data__eval=str(lab.folder / "eval.jsonl"), train__eval_every=2),
+        _evaluated(lab, "plain"),
         *(_train(lab, name, **changes) for name, changes in EQUIVALENT.items()),
         _train(lab, "zero3_hpz", deepspeed=str(lab.folder / "zero3_hpz.json")),
         {**_train(lab, "varlen"), "attention": VARLEN},
@@ -72,8 +91,23 @@ def two(lab: Lab) -> Results:
         _train(lab, "stopped", **STOP),
         _train(lab, "stopped-dropout", **STOP, **DROPOUT),
         _train(lab, "stopped-zero2", **STOP, **ZERO2),
-        {**_train(lab, "terminated"), "signal_at": {"step": 3, "number": signal.SIGTERM, "rank": 1}},
-        {**_train(lab, "killed", train__save_every=3), "signal_at": {"step": 5, "number": signal.SIGKILL}},
+        *({**_evaluated(lab, name, **changes), "signal_at": when} for name, (when, changes, _) in TERMINATED.items()),
+        *(
+            {
+                **_train(lab, name, **UNSEEN_ROWS),
+                "signal_at": {**when, "number": signal.SIGUSR1, "to": 1},
+                "error": "StopRequested",
+            }
+            for name, when in TERMINATED_EARLY.items()
+        ),
+        _train(lab, "full", **FULL),
+        _train(lab, "full-zero2", **FULL, **ZERO2),
+        _train(lab, "full-unquantized", **FULL, model__quantization="none"),
+        _train(lab, "stopped-full", **FULL, **STOP),
+        {
+            **_train(lab, "killed", train__save_every=3),  # as step 5 begins: two calls a step, and one at the start
+            "signal_at": {"function": "qvtune.train.loop.rows_of_step", "nth": 10, "number": signal.SIGKILL},
+        },
     ]
     results = _launch(lab, "two", 2, jobs, unfinished=["killed"])
     change_one_weight(lab.folder / "other" / "model.safetensors")
@@ -92,7 +126,9 @@ def two_later(lab: Lab, two: Results) -> Results:
         _train(lab, "stopped"),
         _train(lab, "stopped-dropout", **DROPOUT),
         _train(lab, "stopped-zero2", **ZERO2),
-        _train(lab, "terminated"),
+        *(_evaluated(lab, name, **changes) for name, (_, changes, _) in TERMINATED.items()),
+        *(_train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
+        _train(lab, "stopped-full", **FULL),
         _train(lab, "killed", train__save_every=3),
     ]
     return _launch(lab, "two_later", 2, jobs)
@@ -106,6 +142,7 @@ def three(lab: Lab, two: Results) -> Results:
         _base(lab, "three-unquantized", model__quantization="none"),
         _train(lab, "three"),
         _train(lab, "stopped-on-three"),
+        _train(lab, "full-on-three", **FULL),
     ]
     return _launch(lab, "three", 3, jobs)
 
@@ -116,6 +153,10 @@ def _base(lab: Lab, name: str, **changes: Any) -> Job:
 
 def _train(lab: Lab, name: str, **changes: Any) -> Job:
     return {"name": name, "do": "train", "config": lab.config(name, **changes)}
+
+
+def _evaluated(lab: Lab, name: str, **changes: Any) -> Job:
+    return _train(lab, name, data__eval=str(lab.folder / "eval.jsonl"), train__eval_every=2, **changes)
 
 
 def _rates() -> dict[str, Any]:

@@ -68,17 +68,30 @@ def summed_loss(model: Any, row: PackedRow) -> torch.Tensor:
     return total
 
 
-def train(lab: Lab) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of ``lab.config(...)`` without changes."""
+def adapted_model(folder: Path) -> Any:
+    """LoRA on q and v, beside the values of 4-bit matrices; its first values as a run of seed 0 has them."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    return get_peft_model(rounded_model(folder), lora)
+
+
+def full_model(folder: Path, *, quantized: bool) -> Any:
+    """The matrices q and v themselves, as they are in the file; all others perhaps with the values of 4-bit ones."""
+    plain: Any = plain_model(folder)
+    model = (rounded_model(folder) if quantized else plain_model(folder)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "v_proj" in name:
+            parameter.data.copy_(plain.get_parameter(name))
+            parameter.requires_grad_(True)
+    return model
+
+
+def train(lab: Lab, model: Any) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of ``lab.config(...)`` without changes but that of the model."""
     config, rows = RunConfig.model_validate(lab.config("reference")), token_rows(lab)
-    torch.manual_seed(config.train.seed)
-    model: Any = get_peft_model(
-        rounded_model(lab.folder / "model"),
-        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]),
-    )
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     q, v = ([parameter for name, parameter in trained.items() if key in name] for key in ("q_proj", "v_proj"))
-    assert len(q) == len(v) == 4 and len(trained) == 8
+    assert len(q) == len(v) > 0 and len(trained) == len(q) + len(v)
     optimizer = torch.optim.AdamW([{"params": q, "rate": 1e-2}, {"params": v, "rate": 4e-2}], weight_decay=0.0)
     losses, norms = [], []
     for step, multiplier in enumerate(MULTIPLIERS):

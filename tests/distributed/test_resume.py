@@ -2,24 +2,60 @@
 
 import pytest
 
-from tests.distributed.conftest import Results
+from tests.distributed.conftest import DROPOUT, TERMINATED, TERMINATED_EARLY, ZERO2, Results
 from tests.distributed.lab import MAX_STEPS, Lab
 
 
 @pytest.mark.parametrize(
     ("stopped", "uninterrupted"),
-    [("stopped", "plain"), ("stopped-dropout", "dropout"), ("stopped-zero2", "zero2"), ("terminated", "plain")],
+    [
+        ("stopped", "plain"),
+        ("stopped-dropout", "dropout"),
+        ("stopped-zero2", "zero2"),
+        ("stopped-full", "full"),
+    ],
 )
 def test_a_stopped_run_goes_on_exactly(
     lab: Lab, two: Results, two_later: Results, stopped: str, uninterrupted: str
 ) -> None:
-    """75 after a checkpoint of step 3, by setting or by a signal to one rank; then the same numbers, bit for bit."""
+    """75 after a checkpoint of step 3; then the same numbers, bit for bit."""
     assert [result[stopped] for result in two] == [{"code": 75}] * 2
     assert [result[stopped] for result in two_later] == [{"code": 0}] * 2
     assert [entry["step"] for entry in lab.events(stopped, "step")] == list(range(1, MAX_STEPS + 1))
     assert [entry["step"] for entry in lab.events(stopped, "checkpoint")] == [3, MAX_STEPS]
     assert lab.losses(stopped) == lab.losses(uninterrupted)
     assert lab.grad_norms(stopped) == lab.grad_norms(uninterrupted)
+
+
+@pytest.mark.parametrize("name", TERMINATED)
+def test_a_run_that_was_asked_to_stop_goes_on_exactly(lab: Lab, two: Results, two_later: Results, name: str) -> None:
+    """The step or evaluation that it was in counts for nothing and is run again, whole."""
+    _, changes, last_step = TERMINATED[name]
+    uninterrupted = "zero2" if changes == ZERO2 else "dropout" if changes == DROPOUT else "plain"
+    assert [result[name] for result in two] == [{"code": 75}] * 2
+    assert [result[name] for result in two_later] == [{"code": 0}] * 2
+    assert [entry["step"] for entry in lab.events(name, "step")] == list(range(1, MAX_STEPS + 1))
+    assert [entry["step"] for entry in lab.events(name, "checkpoint")] == [last_step, MAX_STEPS]
+    ends = [(entry["step"], entry["reason"]) for entry in lab.events(name, "run_end")]
+    assert ends == [(last_step, "stopped"), (MAX_STEPS, "completed")]
+    assert lab.losses(name) == lab.losses(uninterrupted)
+    assert lab.grad_norms(name) == lab.grad_norms(uninterrupted)
+    assert [entry["step"] for entry in lab.events(name, "eval")] == [0, 2, 4, MAX_STEPS]
+    if uninterrupted == "plain":
+        evaluations = ([entry["loss"] for entry in lab.events(run, "eval")] for run in (name, "plain"))
+        assert next(evaluations) == next(evaluations)
+
+
+@pytest.mark.parametrize("name", TERMINATED_EARLY)
+def test_a_run_that_had_not_begun_leaves_nothing_and_starts_anew(
+    lab: Lab, two: Results, two_later: Results, name: str
+) -> None:
+    """All ranks leave together, though one was asked while another one worked alone."""
+    assert all("stopped on request" in result[name]["message"] for result in two)
+    assert any("SIGUSR1" in result[name]["message"] for result in two)
+    assert [result[name] for result in two_later] == [{"code": 0}] * 2
+    assert not lab.run_dir(f"{name}.1").exists()
+    assert [entry["step"] for entry in lab.events(name, "run_start")] == [0]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(lab: Lab, two_later: Results) -> None:

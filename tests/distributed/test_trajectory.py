@@ -1,6 +1,7 @@
 """Runs that must train alike: by the number of ranks, by how a step is split, by where things are kept."""
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.distributed import reference
 from tests.distributed.conftest import EQUIVALENT, Results
@@ -18,10 +19,34 @@ def plain(lab: Lab, two: Results) -> list[float]:
 
 
 def test_it_equals_an_independent_training_loop(lab: Lab, plain: list[float]) -> None:
-    losses, grad_norms = reference.train(lab)
+    losses, grad_norms = reference.train(lab, reference.adapted_model(lab.folder / "model"))
     assert plain == pytest.approx(losses, rel=ROUNDING)
     assert lab.grad_norms("plain") == pytest.approx(grad_norms, rel=1e-4)  # a norm of differences of the above
     assert min(grad_norms) < MAX_GRAD_NORM < max(grad_norms)  # some steps are clipped, some are not
+
+
+@pytest.mark.parametrize(("name", "quantized"), [("full", True), ("full-unquantized", False)])
+def test_training_the_matrices_equals_an_independent_loop(lab: Lab, two: Results, name: str, quantized: bool) -> None:
+    assert [result[name] for result in two] == [{"code": 0}] * 2
+    model = reference.full_model(lab.folder / "model", quantized=quantized)
+    losses, grad_norms = reference.train(lab, model)
+    assert lab.losses(name) == pytest.approx(losses, rel=ROUNDING)
+    assert lab.grad_norms(name) == pytest.approx(grad_norms, rel=1e-4)
+    checkpoint = lab.run_dir(name) / "checkpoints" / "latest"
+    assert not (checkpoint / "adapter_config.json").exists()
+    stored = load_file(checkpoint / "trained.safetensors")
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert stored.keys() == trained.keys()
+    for key, parameter in trained.items():
+        # AdamW moves by the sign of a gradient that is nothing but rounding as far as by any other
+        assert (stored[key] - parameter).abs().mean() < 1e-4, key
+
+
+def test_training_the_matrices_elsewhere(lab: Lab, one: Results, two: Results, three: Results) -> None:
+    """With ZeRO-2, on one rank and on three."""
+    for name, results in (("full-zero2", two), ("full-on-one", one), ("full-on-three", three)):
+        assert [result[name] for result in results] == [{"code": 0}] * len(results)
+        assert lab.losses(name) == pytest.approx(lab.losses("full"), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("launch", ["one", "three"])

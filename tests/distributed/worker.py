@@ -8,6 +8,9 @@ import json
 import os
 import signal
 import sys
+import time
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,10 +26,10 @@ from qvtune.base.nf4 import NF4Linear
 from qvtune.cluster import distributed
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import collate
-from qvtune.data.order import rows_of_step
-from qvtune.errors import UserError
+from qvtune.errors import StopRequested, UserError
 from qvtune.train import loop
 from qvtune.train.prepare import prepare
+from qvtune.train.stop import StopRequest
 from tests.varlen_attention import register_varlen
 
 LEAKING = "leaking"  # beside the VARLEN of tests/varlen_attention.py
@@ -42,7 +45,7 @@ def leaking_attention(
 def train(
     config: dict[str, Any],
     attention: str = "sdpa",
-    signal_at: dict[str, int] | None = None,
+    signal_at: dict[str, Any] | None = None,
     error: str | None = None,
     unchecked_base: bool = False,
 ) -> dict[str, Any]:
@@ -51,11 +54,11 @@ def train(
     ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``; ``unchecked_base`` lets a base
     with NaN through.
     """
-    expected: Any = {"UserError": UserError, "RuntimeError": RuntimeError, None: ()}[error]
+    expected: Any = () if error is None else EXPECTED[error]
     with (
+        SignalAt(**signal_at).patched() if signal_at else nullcontext(),
         patch("qvtune.train.prepare.choose_attention", lambda setting, dtype: (attention, "of the test")),
         patch("qvtune.base.loader.fingerprint.content_of", (lambda *_: {}) if unchecked_base else content_of),
-        patch("qvtune.train.loop.rows_of_step", SignalAt(**signal_at) if signal_at else rows_of_step),
     ):
         try:
             return {"code": loop.train(RunConfig.model_validate(config))}
@@ -64,24 +67,36 @@ def train(
 
 
 class SignalAt:
-    """``rows_of_step`` that sends this process one signal when ``step`` begins; on all ranks, or on ``rank`` alone."""
+    """Signals ``number`` before call ``nth`` of ``function`` (its path): rank 0 to rank ``to``, or each to itself."""
 
-    def __init__(self, step: int, number: int, rank: int | None = None) -> None:
-        self.step, self.number = step, number
-        self.sent = rank is not None and rank != distributed.rank()
+    def __init__(self, function: str, nth: int, number: int, to: int | None = None) -> None:
+        self.function, self.nth, self.number, self.calls = function, nth, number, 0
+        pids = distributed.gather_objects(os.getpid())
+        self.receiver = pids[distributed.rank() if to is None else to] if to is None or distributed.is_main() else None
 
-    def __call__(self, step: int, *arguments: Any) -> Any:
-        if step + 1 == self.step and not self.sent:
-            self.sent = True
-            if self.number == signal.SIGKILL:
-                distributed.barrier()  # the step before is done on all ranks
-            os.kill(os.getpid(), self.number)
-        return rows_of_step(step, *arguments)
+    def patched(self) -> Any:
+        """Within this context the function is the one that signals."""
+        module, _, name = self.function.rpartition(".")
+        original = getattr(import_module(module), name)
+
+        def wrapper(*arguments: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.nth and self.receiver is not None:
+                self._send(self.receiver)
+            return original(*arguments)
+
+        return patch(self.function, wrapper)
+
+    def _send(self, receiver: int) -> None:
+        if self.number == signal.SIGKILL:
+            distributed.barrier()  # the step before is done on all ranks
+        os.kill(receiver, self.number)
+        time.sleep(1)  # more than it takes to be noticed
 
 
 def base(config: dict[str, Any]) -> dict[str, Any]:
     """A prepared run's base against the file and bitsandbytes, and its loss on the first row of the data."""
-    run = prepare(RunConfig.model_validate(config))
+    run = prepare(RunConfig.model_validate(config), StopRequest())
     tensors = {name: tensor.float() for name, tensor in load_file(run.plan.folder / "model.safetensors").items()}
     checked, different = [], []
     for path, module in run.engine.module.model.get_base_model().named_modules():
@@ -125,6 +140,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
+EXPECTED = {"UserError": UserError, "RuntimeError": RuntimeError, "StopRequested": StopRequested}
 JOBS = {"train": train, "base": base}
 
 

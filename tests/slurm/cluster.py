@@ -206,7 +206,7 @@ class Cluster:
 
     def crash(self, host: str) -> None:
         """Power loss: all processes of the host vanish, and its network falls silent without a goodbye."""
-        self.cut(host)
+        self._network("link", "delete", host)
         self._end_host(host)
 
     def boot(self, host: str) -> None:

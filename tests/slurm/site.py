@@ -1,6 +1,7 @@
 """The shipped templates in the tests' cluster, with the model and the data of tests/distributed."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ class Site:
         lines = path.read_text().splitlines() if path.exists() else []
         return [entry["step"] for entry in map(json.loads, lines) if entry["event"] == "step"]
 
-    def wait_for_step(self, job: str, name: str, step: int, timeout: float = 120) -> Job:
+    def wait_for_step(self, job: str, name: str, step: int, timeout: float = 300) -> Job:
         """Until the run has done this step."""
 
         def reached(now: Job) -> bool:
@@ -81,18 +82,14 @@ class Site:
 
 
 def make_site(cluster: Cluster, folder: Path) -> Site:
-    """The checkout's folders are this repository's own; only cluster.env is the site's."""
+    """The checkout is a copy of this repository's folders; only cluster.env is the site's."""
     lab = make_lab(folder)
     site = Site(cluster, lab)
     changes: dict[str, Any] = {"train__max_steps": MAX_STEPS, "train__save_every": SAVE_EVERY}
     changes |= {"train__global_batch_size": 12, "data__eval": str(folder / "eval.jsonl")}  # 12: for 1, 2 and 4 ranks
     (folder / "recipe.yaml").write_text(yaml.safe_dump(lab.config("recipe", **changes)))
-    (site.home / "slurm").mkdir(parents=True)
-    for name in ("launch", "src", "ds_configs"):
-        (site.home / name).symlink_to(REPOSITORY / name)
-    for file in (REPOSITORY / "slurm").iterdir():
-        if file.name != "cluster.env":
-            (site.home / "slurm" / file.name).symlink_to(file)
+    for name in ("launch", "src", "ds_configs", "slurm"):
+        shutil.copytree(REPOSITORY / name, site.home / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (site.home / "slurm" / "cluster.env").write_text(
         CLUSTER_ENV.format(
             bin=Path(sys.executable).parent, cache=lab.folder / "cache", timeout=COLLECTIVE_TIMEOUT_SECONDS

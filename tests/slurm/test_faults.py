@@ -28,7 +28,7 @@ def _healthy_afterwards(site: Site) -> Iterator[None]:
 def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job]) -> None:
     name, job = job_at_step_9
     site.cluster.crash(job.hosts[1])
-    done = site.cluster.wait(job.id, timeout=360)
+    done = site.cluster.wait(job.id, timeout=400)
     site.cluster.boot(job.hosts[1])
     restarted(done, times=1)
     assert job.hosts[1] not in done.hosts
@@ -39,7 +39,7 @@ def test_a_job_whose_first_host_crashes_finishes_on_another(site: Site, job_at_s
     """There the batch script and rank 0 were."""
     name, job = job_at_step_9
     site.cluster.crash(job.hosts[0])
-    done = site.cluster.wait(job.id, timeout=360)
+    done = site.cluster.wait(job.id, timeout=400)
     site.cluster.boot(job.hosts[0])
     restarted(done, times=1)
     assert job.hosts[0] not in done.hosts
@@ -53,9 +53,12 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site, job_
     with site.cluster.slurmd_timeout(600):
         site.cluster.cut(lost)
         site.cluster.wait_for_job(
-            job.id, lambda now: f"lost host: {lost}; no answer" in now.log(), "ended by the timeout", timeout=240
+            job.id,
+            lambda now: f"lost host: {lost}; it does not answer" in now.log(),
+            "ended by the timeout",
+            timeout=240,
         )
-    done = site.cluster.wait(job.id, timeout=360)
+    done = site.cluster.wait(job.id, timeout=400)
     site.cluster.heal(lost)
     restarted(done, times=1)
     assert site.losses(name) == site.reference(2)
@@ -66,7 +69,7 @@ def test_a_killed_rank_ends_the_job(site: Site, job_at_step_9: tuple[str, Job]) 
     host = job.hosts[1]
     *_, rank = site.cluster.pids(host, RANK)
     site.cluster.kill(host, "KILL", rank)
-    done = site.cluster.wait(job.id, timeout=60)
+    done = site.cluster.wait(job.id, timeout=120)
     assert (done.state, done.code, done.restarts) == ("FAILED", 137, 0), done.story
     assert all(site.cluster.pids(host, RANK) == [] for host in job.hosts)
     assert max(site.steps(name)) < MAX_STEPS
@@ -83,7 +86,7 @@ def test_a_stale_rank_writes_nothing(site: Site) -> None:
     site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
     site.wait_for_step(job, name, SAVE_EVERY + 3)
     site.cluster.kill(host, "CONT", *ranks)
-    done = site.cluster.wait(job, timeout=360)
+    done = site.cluster.wait(job, timeout=400)
     wait_until(lambda: not site.cluster.pids(host, RANK), "end of the stale ranks", timeout=120)
     site.cluster.start_slurmd(host)
     restarted(done, times=1)

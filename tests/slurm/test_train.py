@@ -17,7 +17,7 @@ def restarted(job: Job, times: int) -> None:
 
 def test_two_hosts_train_what_local_processes_train(site: Site) -> None:
     name = "two hosts $(touch x) 'quoted'"
-    done = site.cluster.wait(site.train(name), timeout=240)
+    done = site.cluster.wait(site.train(name), timeout=400)
     restarted(done, times=0)
     assert done.hosts == ("n1", "n2")
     assert site.losses(name) == site.reference(2)
@@ -29,7 +29,7 @@ def test_two_hosts_train_what_local_processes_train(site: Site) -> None:
 
 
 def test_four_hosts_train_what_local_processes_train(site: Site) -> None:
-    done = site.cluster.wait(site.train("four", nodes=4), timeout=360)
+    done = site.cluster.wait(site.train("four", nodes=4), timeout=400)
     restarted(done, times=0)
     # on one host the ranks' sums go through shared memory, in another order
     assert site.losses("four") == pytest.approx(site.reference(4), rel=1e-5)
@@ -40,10 +40,10 @@ def test_a_job_that_is_asked_to_stop_goes_on_exactly(site: Site) -> None:
     job = site.train("usr1")
     site.wait_for_step(job, "usr1", 3)
     site.cluster.scancel("--batch", "--signal=USR1", job)
-    site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=60)
+    site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
     saved = [entry["step"] for entry in site.lab.events("usr1", "checkpoint")]
     assert len(saved) == 1 and 3 <= saved[0] < MAX_STEPS
-    done = site.cluster.wait(job, timeout=240)
+    done = site.cluster.wait(job, timeout=400)
     restarted(done, times=1)
     assert "restart 0] exit code 75" in done.log(), done.story
     assert site.losses("usr1") == site.reference(2)
@@ -55,7 +55,7 @@ def test_a_preempted_job_goes_on_exactly(site: Site) -> None:
     site.wait_for_step(job, "preempted", 3)
     options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.sbatch(*options, "--wrap=sleep 2", cwd=site.home)
-    done = site.cluster.wait(job, timeout=240)
+    done = site.cluster.wait(job, timeout=400)
     restarted(done, times=1)
     assert site.losses("preempted") == site.reference(2)
 
@@ -64,7 +64,7 @@ def test_a_requeued_job_goes_on_exactly(site: Site) -> None:
     job = site.train("requeued")
     site.wait_for_step(job, "requeued", 3)
     site.cluster.run(LOGIN, "scontrol", "requeue", job)
-    done = site.cluster.wait(job, timeout=240)
+    done = site.cluster.wait(job, timeout=400)
     restarted(done, times=1)
     assert site.losses("requeued") == site.reference(2)
 
@@ -73,7 +73,7 @@ def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
     job = site.train("cancelled")
     site.wait_for_step(job, "cancelled", 1)
     site.cluster.scancel(job)
-    done = site.cluster.wait(job, timeout=60)
+    done = site.cluster.wait(job, timeout=120)
     assert (done.state, done.restarts) == ("CANCELLED", 0), done.story
 
 
@@ -82,7 +82,7 @@ def test_a_job_that_is_preempted_again_and_again_stops_at_the_cap(site: Site) ->
     site.wait_for_step(job, "capped", 1)
     options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.sbatch(*options, "--wrap=true", cwd=site.home)
-    done = site.cluster.wait(job, timeout=120)
+    done = site.cluster.wait(job, timeout=200)
     assert (done.state, done.code, done.restarts) == ("FAILED", 75, 0), done.story
     assert "not started again: it has been 0 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
 
@@ -91,7 +91,7 @@ def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
     job = site.train("capped-by-slurm", QVTUNE_MAX_RESTARTS="0")
     site.cluster.wait_for_job(job, lambda now: now.state == "RUNNING" and now.log(), "running", timeout=60)
     site.cluster.run(LOGIN, "scontrol", "requeue", job)
-    done = site.cluster.wait(job, timeout=120)
+    done = site.cluster.wait(job, timeout=200)
     assert (done.state, done.code, done.restarts) == ("FAILED", 75, 1), done.story
     assert "not started again: it has been 1 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
     assert not site.lab.run_dir("capped-by-slurm/metrics.jsonl").exists()
@@ -115,6 +115,6 @@ def test_a_wrong_recipe_ends_with_2(site: Site, override: str, message: str) -> 
 def test_wrong_data_ends_with_2(site: Site) -> None:
     """Found by the ranks, of which the launcher and srun have to hand the code on."""
     job = site.train("no-data", "data.train=nowhere.jsonl")
-    done = site.cluster.wait(job, timeout=240)
+    done = site.cluster.wait(job, timeout=400)
     assert (done.state, done.code, done.restarts) == ("FAILED", 2, 0), done.story
     assert done.log().count("error: ") == 1 and "nowhere.jsonl" in done.log(), done.story

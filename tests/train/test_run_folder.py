@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qvtune.train.run_folder import environment, find_resume, open_run_folder, t
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder.distributed, "gather_objects", lambda own: [own])
     monkeypatch.setattr(run_folder.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(run_folder.distributed, "together", nullcontext)
 
 
 def config(run_dir: Path, **sections: Any) -> RunConfig:
@@ -129,17 +131,18 @@ def test_every_other_setting_decides() -> None:
 
 def test_the_record_of_a_new_run(tmp_path: Path) -> None:
     run = config(tmp_path / "runs/new")
-    assert open_run_folder(run, None, {"zero_optimization": {"stage": 3}}) == tmp_path / "runs/new"
-    written = {path.name for path in (tmp_path / "runs/new").iterdir()}
+    resume, owner = open_run_folder(run, {"zero_optimization": {"stage": 3}})
+    assert resume is None and owner is not None and owner.run_dir == tmp_path / "runs/new"
+    written = {path.name for path in (tmp_path / "runs/new").iterdir() if not path.name.startswith(".owner-")}
     assert written == {"config.yaml", "deepspeed.json", "environment.json", "checkpoints"}
     assert RunConfig.model_validate(yaml.safe_load((tmp_path / "runs/new/config.yaml").read_text())) == run
     assert json.loads((tmp_path / "runs/new/deepspeed.json").read_text()) == {"zero_optimization": {"stage": 3}}
 
 
 def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
-    run = config(tmp_path / "run")
+    run = config(tmp_path / "run", checkpoint={"resume": "never"})
     for content in ("first", "second", "third"):
-        open_run_folder(run, None, {})
+        open_run_folder(run, {})
         (tmp_path / "run/mark").write_text(content)
     assert {path.name: (path / "mark").read_text() for path in tmp_path.iterdir()} == {
         "run.1": "first",
@@ -150,7 +153,7 @@ def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    open_run_folder(config(tmp_path / "run"), None, {})
+    open_run_folder(config(tmp_path / "run"), {})
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -159,7 +162,7 @@ def test_a_resumed_run_stays_and_loses_only_what_was_unfinished(tmp_path: Path) 
     resume = write_checkpoint(run, 2)
     (tmp_path / "run/checkpoints/.step-00000003-abc").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
-    open_run_folder(run, resume, {})
+    assert open_run_folder(run, {})[0] == resume
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"step-00000002", "latest"}
     assert (tmp_path / "run/metrics.jsonl").exists()
@@ -167,7 +170,7 @@ def test_a_resumed_run_stays_and_loses_only_what_was_unfinished(tmp_path: Path) 
 
 def test_ranks_other_than_0_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    open_run_folder(config(tmp_path / "run"), None, {})
+    open_run_folder(config(tmp_path / "run"), {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,25 +1,27 @@
-"""Which matrices are trained: adapters from PEFT on the chosen attention projections."""
+"""Which parameters are trained: PEFT's adapters on the chosen attention projections, or these matrices themselves."""
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
-from qvtune.base.families import FAMILIES, family_of
+from qvtune.base.families import FAMILIES, ends_in, family_of, trained_matrices
 from qvtune.config.schema import AdapterSection
 from qvtune.errors import UserError
 
 PROJECTIONS = tuple(FAMILIES["llama"].projections)  # q, k, v, o: what a user writes, the same for every family
 _LETTER_OF = {module: letter for family in FAMILIES.values() for letter, module in family.projections.items()}
 _TRAINED_NAME = re.compile(
-    rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})\.lora_(?P<factor>[AB])\.default\.weight$"
+    rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})\.(?:lora_(?P<factor>[AB])\.default\.)?weight$"
 )
 
 
 def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed: int) -> nn.Module:
-    """Wrap ``base`` in a ``PeftModel`` whose only trainable parameters are the factors of the chosen projections.
+    """Make the chosen projections trainable, and nothing else: ``base`` in a ``PeftModel`` with factors beside them.
 
     The initial values depend on ``seed`` alone, so all ranks make the same ones. Factors have the base's compute dtype.
+    With ``adapter.method: full`` it is ``base`` itself, whose matrices (not their biases) become trainable.
 
     Raises UserError naming every chosen projection that the model does not have.
     """
@@ -36,6 +38,11 @@ def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed:
     ]
     if problems:
         raise UserError(problems)
+    if adapter.method == "full":
+        for path, module in base.named_modules():
+            if ends_in(path, trained_matrices(adapter, family)):
+                module.weight.requires_grad_(True)
+        return base
     config = LoraConfig(
         task_type="FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM",
         r=adapter.rank,
@@ -56,8 +63,13 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def projection_and_factor(parameter_name: str) -> tuple[str, str]:
-    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``."""
+def transformers_model(model: nn.Module) -> Any:
+    """The transformers model inside of what ``add_adapters`` has returned."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
+def projection_and_factor(parameter_name: str) -> tuple[str, str | None]:
+    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor."""
     match = _TRAINED_NAME.search(parameter_name)
     assert match is not None, parameter_name
     return _LETTER_OF[match["module"]], match["factor"]
@@ -70,5 +82,5 @@ def projection_pattern(letter: str) -> str:
 
 
 def saved_name(parameter_name: str) -> str:
-    """The name under which PEFT stores a parameter in ``adapter_model.safetensors``."""
+    """The name of a parameter in a checkpoint: that of PEFT's files; a matrix of the base has the base's own."""
     return parameter_name.replace(".default.weight", ".weight")

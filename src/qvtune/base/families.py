@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qvtune.config.schema import AdapterSection
+
 _DECODER = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _ENCODER = {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense"}
 
@@ -77,6 +79,16 @@ def obstacles(config: Any) -> list[str]:
 def family_of(model: Any) -> Family:
     """The family of a transformers model that ``obstacles`` let through."""
     return FAMILIES[model.config.model_type]
+
+
+def trained_matrices(adapter: AdapterSection, family: Family) -> tuple[str, ...]:
+    """Ends of the paths of the modules whose own weight is trained, and so is not quantized; none with factors."""
+    return tuple(family.projections[letter] for letter in adapter.projections) if adapter.method == "full" else ()
+
+
+def ends_in(path: str, ends: Iterable[str]) -> bool:
+    """Whether a module's path has one of ``ends`` as its last words."""
+    return f".{path}".endswith(tuple(f".{end}" for end in ends))
 
 
 def encoder_names(stored: Iterable[str], family: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from qvtune.base import fingerprint, prequantized
-from qvtune.base.families import FAMILIES, encoder_names
+from qvtune.base.families import FAMILIES, encoder_names, ends_in, trained_matrices
 from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.model import build_skeleton, read_model_config
 from qvtune.base.nf4 import Gather, Layout, NF4Linear, first_own_weight, quantize_shard
 from qvtune.base.prequantized import StoredNF4
 from qvtune.base.shard import Placement, Whole, resident_bytes
 from qvtune.base.source import BaseWeights, StoredTensor, open_weights
-from qvtune.config.schema import ModelSection
+from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 
 
@@ -60,33 +60,45 @@ class Base:
         }
 
 
-def open_base(folder: Path, model: ModelSection, dtype: torch.dtype, attention: str) -> Base:
+def open_base(
+    folder: Path, model: ModelSection, dtype: torch.dtype, attention: str, adapter: AdapterSection | None = None
+) -> Base:
     """The folder's architecture without memory, its matrices marked for NF4, compared with its tensors.
 
+    Matrices that ``adapter`` trains themselves (method ``full``) are not quantized.
     Raises UserError with all that does not fit, by name, before anything is read.
     """
     config = read_model_config(folder, model)
     weights = open_weights(folder, model.allow_pickle)
-    if FAMILIES[config.model_type].is_encoder:
+    family = FAMILIES[config.model_type]
+    if family.is_encoder:
         weights = weights.renamed(encoder_names(weights, config.model_type))
     stored = prequantized.stored_matrices(weights)
-    _check_settings(folder, model, stored)
+    trained = trained_matrices(adapter, family) if adapter is not None else ()
+    _check_settings(folder, model, stored, trained)
     with_pooler = "pooler.dense.weight" in weights  # checkpoints of tasks that do without it have none
-    skeleton = build_skeleton(config, model, dtype, attention, stored.keys(), with_pooler=with_pooler)
+    skeleton = build_skeleton(config, model, dtype, attention, stored.keys(), trained=trained, with_pooler=with_pooler)
     check_tensors(skeleton, weights, stored)
     return Base(skeleton, weights, stored)
 
 
 def load_whole(
-    folder: Path, model: ModelSection, dtype: torch.dtype, attention: str = "sdpa", device: torch.device | None = None
+    folder: Path,
+    model: ModelSection,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: torch.device | None = None,
+    adapter: AdapterSection | None = None,
 ) -> nn.Module:
-    """The base as training sees it, whole in one process, without DeepSpeed."""
-    base = open_base(folder, model, dtype, attention)
+    """The base as training with ``adapter`` sees it, whole in one process, without DeepSpeed."""
+    base = open_base(folder, model, dtype, attention, adapter)
     fill(base, Whole(device or torch.device("cpu")), dtype, gather=lambda own: [own])
     return base.skeleton
 
 
-def _check_settings(folder: Path, model: ModelSection, stored: Mapping[str, StoredNF4]) -> None:
+def _check_settings(
+    folder: Path, model: ModelSection, stored: Mapping[str, StoredNF4], trained: tuple[str, ...]
+) -> None:
     if stored and model.quantization != "nf4":
         raise UserError(
             f"{folder}: the weights are stored in 4 bits; set model.quantization: nf4, or give the original weights"
@@ -94,6 +106,11 @@ def _check_settings(folder: Path, model: ModelSection, stored: Mapping[str, Stor
     if any(entry.double_quant != model.double_quant for entry in stored.values()):
         found = not model.double_quant
         raise UserError(f"{folder}: the weights are stored with double_quant={found}; set model.double_quant: {found}")
+    if rounded := [name for name in stored if ends_in(name, trained)]:
+        raise UserError(
+            f"{folder}: {rounded[0]} and {len(rounded) - 1} other matrices that adapter.method: full trains are stored "
+            "in 4 bits, which cannot be trained; give the folder of the original weights (model.name_or_path)"
+        )
 
 
 def check_tensors(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> None:
@@ -151,15 +168,24 @@ def _packed_problems(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[
     return problems
 
 
-def fill(base: Base, placement: Placement, dtype: torch.dtype, gather: Gather) -> tuple[LoadReport, Fingerprint]:
+def fill(
+    base: Base,
+    placement: Placement,
+    dtype: torch.dtype,
+    gather: Gather,
+    between_modules: Callable[[], None] = lambda: None,
+) -> tuple[LoadReport, Fingerprint]:
     """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
 
     Quantization starts from the stored precision, so that the same base has the same bits in every compute dtype.
-    Raises UserError, on all ranks, naming the tensors that hold NaN or infinite values.
+    ``between_modules`` is called equally often, between the same modules, on all ranks. Raises UserError, on all ranks,
+    naming the tensors that hold NaN or infinite values.
     """
     started = time.monotonic()
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors are read once
     for path, module in base.skeleton.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            between_modules()
         if isinstance(module, NF4Linear):
             _fill_quantized(path, module, base, placement, gather)
             _return_freed_memory()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvtune.base.families import FAMILIES, obstacles
+from qvtune.base.families import FAMILIES, ends_in, obstacles
 from qvtune.base.nf4 import NF4Linear
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
@@ -46,12 +46,14 @@ def build_skeleton(
     attention: str,
     stored: Collection[str] = (),
     *,
+    trained: tuple[str, ...] = (),
     with_pooler: bool = True,
 ) -> nn.Module:
     """The causal language model, or the bare encoder, with empty ("meta") parameters and real buffers.
 
     With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
     QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
+    A module whose path ends in one of ``trained`` keeps its matrix whole.
     ``with_pooler`` concerns encoders only.
     """
     from accelerate import init_empty_weights
@@ -68,7 +70,9 @@ def build_skeleton(
     if model.quantization == "nf4":
         head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
         for name, module in list(skeleton.named_modules()):
-            if type(module) is nn.Linear and (name in stored if stored else module is not head):
+            if type(module) is not nn.Linear or ends_in(name, trained):
+                continue
+            if name in stored if stored else module is not head:
                 skeleton.set_submodule(
                     name,
                     NF4Linear(

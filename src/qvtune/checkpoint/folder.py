@@ -1,11 +1,16 @@
 """The checkpoint folder: written whole or not at all, checked before it is used, readable by PEFT as it is.
 
-checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it
+checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it; or, where
+                             trained.safetensors        matrices of the base are trained, these under the base's names
                              optimizer.safetensors      fp32 masters and AdamW moments by parameter name
                              trainer_state.json         step, counters, the settings that made the trajectory
                              base.json                  fingerprint of the base, tensor by tensor
                              manifest.json              size and sha256 of each file above
 checkpoints/latest           symbolic link to the newest complete one
+checkpoints/best             symbolic link to the one with the lowest evaluation loss, when there is an evaluation
+
+``workspace`` is where a folder lies before it appears and after it was taken away: a hidden place on the same file
+system, by default ``checkpoints`` itself. See qvtune/checkpoint/owner.py for what it protects from.
 """
 
 import json
@@ -13,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +46,16 @@ def newest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> int:
+def write(checkpoints: Path, step: int, write_files: Callable[[Path], None], workspace: Path | None = None) -> int:
     """Write one checkpoint: files into a private folder, fsync, manifest, one rename, ``latest``. Returns its bytes.
 
     A crash at any moment leaves either the complete folder or a hidden one that ``remove_unfinished`` deletes.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    if workspace is None:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        workspace = checkpoints
     target = step_folder(checkpoints, step)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=checkpoints))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=workspace))
     write_files(temporary)
     files = sorted(path for path in temporary.iterdir())
     manifest: dict[str, dict[str, Any]] = {
@@ -56,20 +63,33 @@ def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> 
     }
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in temporary.iterdir():
+        path.chmod(0o644)  # safetensors makes its files private
         fsync(path)
     temporary.chmod(0o755)
     fsync(temporary)
     if target.exists():  # the same step again, after a resume from an older one
-        _discard(target)
+        _discard(target, workspace)
     os.rename(temporary, target)
-    _point_latest(checkpoints, target)
+    _point("latest", target, workspace)
     return sum(int(entry["bytes"]) for entry in manifest.values())
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for folder in complete_checkpoints(checkpoints)[:-keep]:
-        _discard(folder)
+def mark_best(checkpoints: Path, eval_losses: Mapping[int, float], workspace: Path | None = None) -> None:
+    """Let ``best`` point to the checkpoint with the lowest of these losses; of equal ones the first."""
+    evaluated = {
+        folder: eval_losses[step]
+        for folder in complete_checkpoints(checkpoints)
+        if (step := _step_of(folder)) in eval_losses
+    }
+    if evaluated:
+        _point("best", min(evaluated, key=evaluated.__getitem__), workspace or checkpoints)
+
+
+def prune(checkpoints: Path, keep: int, workspace: Path | None = None) -> None:
+    """Delete all but the best checkpoint and the newest ``keep`` besides it."""
+    best = (checkpoints / "best").resolve().name
+    for folder in [path for path in complete_checkpoints(checkpoints) if path.name != best][:-keep]:
+        _discard(folder, workspace or checkpoints)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
@@ -79,7 +99,7 @@ def remove_unfinished(checkpoints: Path) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a user means: the folder itself, ``checkpoints/latest``, or a run folder (its newest).
+    """The checkpoint that a user means: the folder itself, ``latest`` or ``best``, or a run folder (its newest).
 
     Raises UserError when there is none.
     """
@@ -116,16 +136,23 @@ def _damaged(folder: Path) -> str:
     return f"{folder} is damaged; delete it to use the checkpoint before it"
 
 
-def _point_latest(checkpoints: Path, target: Path) -> None:
-    link = checkpoints / ".latest"
+def _step_of(folder: Path) -> int:
+    match = _STEP_NAME.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
+def _point(name: str, target: Path, workspace: Path) -> None:
+    """Let the link ``name`` beside ``target`` point to it."""
+    link = workspace / f".{name}"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
-    os.replace(link, checkpoints / "latest")
-    fsync(checkpoints)
+    os.replace(link, target.parent / name)
+    fsync(target.parent)
 
 
-def _discard(folder: Path) -> None:
+def _discard(folder: Path, workspace: Path) -> None:
     """Delete a folder so that it never looks complete meanwhile."""
-    doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=workspace))
     os.rename(folder, doomed / folder.name)
     shutil.rmtree(doomed)

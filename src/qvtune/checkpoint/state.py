@@ -20,7 +20,7 @@ from qvtune.cluster import distributed
 from qvtune.errors import UserError
 from qvtune.files import write_json
 
-_BASE = "base.json"
+_ADAPTER, _TRAINED, _BASE = "adapter_model.safetensors", "trained.safetensors", "base.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -56,19 +56,20 @@ def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
 def save(
     folder: Path,
     state: dict[str, dict[str, torch.Tensor]],
-    peft_config: Any,
+    peft_config: Any | None,
     trainer: TrainerState,
     base: Fingerprint,
 ) -> None:
-    """Write the files of one checkpoint into ``folder`` (one rank)."""
-    save_file(
-        {saved_name(name): entry["value"] for name, entry in state.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    """Write the files of one checkpoint into ``folder`` (one rank).
+
+    ``peft_config`` is that of the adapter, with which PEFT reads it; None where matrices of the base are trained.
+    """
+    values = {saved_name(name): entry["value"] for name, entry in state.items()}
+    save_file(values, folder / (_TRAINED if peft_config is None else _ADAPTER), metadata={"format": "pt"})
     kept = {f"{key}/{saved_name(name)}": entry[key] for name, entry in state.items() for key in ("master", *_MOMENTS)}
     save_file(kept, folder / "optimizer.safetensors")
-    peft_config.save_pretrained(folder)
+    if peft_config is not None:
+        peft_config.save_pretrained(folder)
     write_json(folder / "trainer_state.json", vars(trainer))
     write_json(folder / _BASE, base)
 
@@ -90,20 +91,28 @@ def load_trainer_state(folder: Path) -> TrainerState:
     return TrainerState(**stored)
 
 
-def load_adapter(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's adapter into a ``PeftModel`` before DeepSpeed cuts it. Raises UserError on other names."""
-    stored = load_file(folder / "adapter_model.safetensors")
+def load_trained(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's values into what ``add_adapters`` has returned, before DeepSpeed's engine is built.
+
+    Matrices of the base are cut by ZeRO-3 already, an adapter's factors are not. Raises UserError on other names.
+    """
+    path = folder / (_ADAPTER if hasattr(model, "peft_config") else _TRAINED)
+    stored = load_file(path)
     parameters = {saved_name(name): parameter for name, parameter in trainable(model)}
-    _require_same(folder / "adapter_model.safetensors", stored.keys(), parameters.keys())
+    _require_same(path, stored.keys(), parameters.keys())
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
     problems = [
-        f"{folder}: {name} has shape {list(stored[name].shape)}, this run needs {list(parameter.shape)} (adapter.rank)"
-        for name, parameter in parameters.items()
-        if stored[name].shape != parameter.shape
+        f"{folder}: {name} has shape {list(stored[name].shape)}, this run needs {list(shape)} (adapter.rank)"
+        for name, shape in shapes.items()
+        if stored[name].shape != shape
     ]
     if problems:
         raise UserError(problems)
     for name, parameter in parameters.items():
-        parameter.data.copy_(stored[name])
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.copy_(_own_piece(stored[name]))
+        else:
+            parameter.data.copy_(stored[name])
 
 
 def load_optimizer(folder: Path, engine: Any, step: int) -> None:
@@ -128,17 +137,23 @@ def _set_state(parameter: nn.Parameter, key: str, whole: torch.Tensor) -> None:
     from deepspeed import utils
 
     if hasattr(parameter, "ds_tensor"):
-        shard = Shard(distributed.rank(), distributed.world_size())
-        start, end = shard.span(whole.numel())
-        piece = whole.new_zeros(shard.numel(whole.numel()))
-        piece[: end - start] = whole.flatten()[start:end]
-        set_master, set_moment, value = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state, piece
+        set_master, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        value = _own_piece(whole)
     else:
         set_master, set_moment, value = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state, whole
     if key == "master":
         set_master(parameter, value)
     else:
         set_moment(parameter, value, key)
+
+
+def _own_piece(whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part under ZeRO-3, flat, zeros at the end."""
+    shard = Shard(distributed.rank(), distributed.world_size())
+    start, end = shard.span(whole.numel())
+    piece = whole.new_zeros(shard.numel(whole.numel()))
+    piece[: end - start] = whole.flatten()[start:end]
+    return piece
 
 
 def _link_moments(zero: Any) -> None:

@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch asks Python, before and after the run: ``python -m qvtune.cluster.batch prepare|lost ...``.
+"""What slurm/train.sbatch and slurm/node.sh ask Python: ``python -m qvtune.cluster.batch prepare|lost ...``.
 
 Imports nothing that takes seconds.
 """
@@ -20,14 +20,23 @@ _PORTS = range(20_000, 32_000)
 def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
     """The run folder, absolute, of a recipe that can be started again and again.
 
-    Raises UserError: with all that is wrong with the configuration; when ``checkpoint.resume`` is ``never``.
+    Raises UserError: with all that is wrong with the configuration; when ``checkpoint.resume`` is ``never`` or
+    ``train.stop_after_step`` is set.
     """
     config = load_config(recipe, overrides)
+    problems = []
     if config.checkpoint.resume == "never":
-        raise UserError(
+        problems.append(
             f"checkpoint.resume: never; a job that is requeued would begin anew each time ({recipe}). Add "
             "checkpoint.resume=if_available, and for a new run another run_dir=..."
         )
+    if config.train.stop_after_step is not None:
+        problems.append(
+            f"train.stop_after_step: {config.train.stop_after_step}; the job would requeue itself and stop there again "
+            f"and again ({recipe}). Add train.stop_after_step=null; the time limit chains runs by itself"
+        )
+    if problems:
+        raise UserError(problems)
     return Path(config.run_dir).absolute()
 
 

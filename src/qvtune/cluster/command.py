@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable
 
 from qvtune.cluster import distributed
-from qvtune.errors import UserError
+from qvtune.errors import StopRequested, UserError
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Start the process group, run ``command`` on every rank and return the exit code.
 
     A UserError is printed once, by rank 0, and gives exit code 2; it is raised on all ranks (``distributed.together``).
-    Any other exception ends this rank with a traceback, without collectives: the launcher ends the others.
+    So is a StopRequested, which comes before there was anything to save, and gives 75. Any other exception ends this
+    rank with a traceback, without collectives: the launcher ends the others.
     """
     try:
         distributed.start()
@@ -20,6 +21,10 @@ def run_command(command: Callable[[], int]) -> int:
         if distributed.is_main():
             _print(error)
         code = error.exit_code
+    except StopRequested as request:
+        if distributed.is_main():
+            sys.stderr.write(f"{request} before the first step; there was nothing to save: start again\n")
+        code = request.exit_code
     distributed.stop()
     return code
 

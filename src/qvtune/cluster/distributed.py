@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from qvtune.errors import UserError
+from qvtune.errors import StopRequested, UserError
 
 Value = TypeVar("Value")
 
@@ -113,6 +114,43 @@ def max_over_ranks(*values: float) -> list[float]:
     return _reduce(values, dist.ReduceOp.MAX)
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on some rank; collective.
+
+    Over gloo and host memory also where the other collectives are NCCL's: a byte on the device would have to wait for
+    all that is queued there. Every rank must come by anyway, so it costs a round trip between the hosts, no more.
+    """
+    if world_size() == 1:
+        return flag
+    box = torch.tensor([flag], dtype=torch.uint8)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_host_group())
+    return bool(box.item())
+
+
+@lru_cache
+def _host_group() -> Any:
+    """All ranks, over gloo; the first call is collective."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def announce(name: str) -> None:
+    """Leave a mark that any rank can find without a collective. From any thread."""
+    if dist.is_initialized() and world_size() > 1:
+        try:
+            _store().set(name, "")
+        except dist.DistError as error:  # rank 0, where the marks lie, has gone: all collectives say so as well
+            warnings.warn(f"cannot announce {name}: {error}", stacklevel=2)
+
+
+def announced(name: str) -> bool:
+    """Whether some rank has left this mark."""
+    return dist.is_initialized() and world_size() > 1 and bool(_store().check([name]))
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
 def _reduce(values: tuple[float, ...], operation: Any) -> list[float]:
     totals = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(totals, operation)
@@ -145,25 +183,30 @@ def from_main(value: Any) -> Any:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A user error of any rank inside the block is raised on all of them, so that none waits for another.
+    """A user error of any rank inside the block, or a request to stop, is raised on all: none waits for another.
 
     No collectives inside: a rank with an error does not take part in them.
     """
     own: tuple[str, ...] = ()
+    stop = None
     try:
         yield
     except UserError as error:
         own = error.problems
-    reports = gather_objects(own)
-    problems = list(dict.fromkeys(problem for report in reports for problem in report))
+    except StopRequested as request:
+        stop = str(request)
+    reports = gather_objects((own, stop))
+    problems = list(dict.fromkeys(problem for report, _ in reports for problem in report))
     if problems:
         raise UserError(problems)
+    if stops := [text for _, text in reports if text is not None]:
+        raise StopRequested(stops[0])
 
 
 def once_per_host(build: Callable[[], Value]) -> Value:
     """``build()`` on every rank, on the first of each host before the others, which then find its result in the cache.
 
-    Raises its UserError on all ranks; no collectives inside.
+    Raises its UserError or StopRequested on all ranks; no collectives inside.
     """
     for first in (True, False):
         with together():

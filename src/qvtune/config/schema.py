@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -53,14 +62,18 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model folder")
 
 
+_OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of the adapter that `full` has not
+
+
 class AdapterSection(Section):
     """The trained part."""
 
-    method: Literal["lora", "rslora"] = Field(
-        default="lora", description="scaling alpha/rank (lora) or alpha/sqrt(rank) (rslora)"
+    method: Literal["lora", "rslora", "full"] = Field(
+        default="lora",
+        description="factors scaled by alpha/rank (lora) or alpha/sqrt(rank) (rslora); full = the matrices themselves",
     )
     projections: tuple[Projection, ...] = Field(
-        default=("q", "v"), min_length=1, description="attention projections that get adapters"
+        default=("q", "v"), min_length=1, description="attention projections that are trained"
     )
     rank: Positive = 16
     alpha: PositiveNumber = 32.0
@@ -72,6 +85,18 @@ class AdapterSection(Section):
         if len(set(projections)) != len(projections):
             raise PydanticCustomError("repeated", "must name each projection once")
         return projections
+
+    @model_validator(mode="after")
+    def _no_factors_in_full(self) -> Self:
+        if given := sorted(_OF_FACTORS & self.model_fields_set) if self.method == "full" else []:
+            reason = "trains the matrices themselves, without factors: {given} must not be set (or choose method: lora)"
+            raise PydanticCustomError("no_factors", "with method: full " + reason, {"given": ", ".join(given)})
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_has_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if self.method != "full" or key not in _OF_FACTORS}
 
 
 class OptimizerSection(Section):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,25 @@ class TokenRows:
 
 
 def build_token_rows(
-    path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+    path: Path,
+    setting: str,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    between_rows: Callable[[], None] = lambda: None,
 ) -> TokenRows:
     """Return the rows of a JSONL file, from ``cache_dir`` if the same file was tokenized in the same way before.
 
     ``setting`` names the file in messages (``data.train``, ``data.eval``). Raises UserError for a file, rows or a
-    tokenizer that cannot be used; then nothing is left in the cache.
+    tokenizer that cannot be used, and what ``between_rows`` raises; then nothing is left in the cache.
     """
     folder = cache_dir / _fingerprint(path, setting, config, tokenizer)
     if not folder.is_dir():
-        documents, counts = _tokenize_file(path, setting, config, tokenizer)
+        documents, counts = _tokenize_file(path, setting, config, tokenizer, between_rows)
         lengths = [len(document) for document, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with new_folder(folder) as private:
-            _write_rows(private / ROWS_FILE, documents, groups)
+            _write_rows(private / ROWS_FILE, documents, groups, between_rows)
             (private / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     return TokenRows(folder)
 
@@ -77,13 +82,18 @@ IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 def _tokenize_file(
-    path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase
+    path: Path,
+    setting: str,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    between_rows: Callable[[], None],
 ) -> tuple[list[IdsAndLabels], dict[str, int]]:
-    rows, num_skipped = read_rows(path, config.format, config.on_bad_row, setting)
+    rows, num_skipped = read_rows(path, config.format, config.on_bad_row, setting, between_rows)
     refused = BadRows(path, setting, config.on_bad_row)
     documents: list[IdsAndLabels] = []
     num_dropped = num_truncated = 0
     for row in rows:
+        between_rows()
         try:
             document = tokenize_row(row, tokenizer, config.max_length)
         except BadRowError as reason:
@@ -109,9 +119,15 @@ def _tokenize_file(
     return documents, counts
 
 
-def _write_rows(path: Path, documents: Sequence[IdsAndLabels], groups: Sequence[Sequence[int]]) -> None:
+def _write_rows(
+    path: Path,
+    documents: Sequence[IdsAndLabels],
+    groups: Sequence[Sequence[int]],
+    between_rows: Callable[[], None],
+) -> None:
     with ArrowWriter(path=str(path), features=FEATURES) as writer:
         for group in groups:
+            between_rows()
             input_ids = np.concatenate([documents[index][0] for index in group])
             labels = np.concatenate([documents[index][1] for index in group])
             writer.write(

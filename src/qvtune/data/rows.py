@@ -77,7 +77,9 @@ class BadRows:
         raise UserError([*self.problems, more + advice])
 
 
-def read_rows(path: Path, format: str, on_bad_row: str, setting: str) -> tuple[list[Row], int]:
+def read_rows(
+    path: Path, format: str, on_bad_row: str, setting: str, between_rows: Callable[[], None] = lambda: None
+) -> tuple[list[Row], int]:
     """Return the rows of a JSONL file (UTF-8, one object a line; blank lines do not count) and how many were skipped.
 
     ``format`` is ``chat`` (``messages`` with role/content, or ``conversations`` with from/value as ShareGPT has them),
@@ -91,6 +93,7 @@ def read_rows(path: Path, format: str, on_bad_row: str, setting: str) -> tuple[l
     rows: list[Row] = []
     expected = None if format == "auto" else format
     for line, raw in _lines(path, setting):
+        between_rows()
         try:
             value = _parse_object(raw)
             row_format = _format_of(value, expected)

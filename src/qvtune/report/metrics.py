@@ -8,15 +8,20 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends events to ``run_dir/metrics.jsonl`` and step and eval scalars to TensorBoard. For rank 0 alone."""
+    """Appends events to ``run_dir/metrics.jsonl`` and step and eval scalars to TensorBoard. For rank 0 alone.
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
+    ``workspace``: as in qvtune/checkpoint/folder.py.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, workspace: Path | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)  # a crash cut its last line off
-        self._file = path.open("a", encoding="utf-8")
+        path, own = run_dir / "metrics.jsonl", (workspace or run_dir) / ".metrics.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        own.write_bytes(content[: content.rfind(b"\n") + 1])  # a crash may have cut the last line off
+        # A file of its own: another process that still holds the earlier one open appends to that one, not here.
+        self._file = own.open("a", encoding="utf-8")
+        os.replace(own, path)
         # Steps that a crash cut off are run again: TensorBoard forgets their first values.
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 

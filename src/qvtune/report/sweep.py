@@ -71,8 +71,8 @@ def _repeats(values: Sequence[str]) -> bool:
 
 def _folder_name(settings: dict[str, str]) -> str:
     """``lr=1e-4,lr_multipliers.v=2``: without the section, and without what a folder's name should not hold."""
-    text = ",".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items())
-    return re.sub(r"[^\w.,=+-]+", "_", text)
+    parts = (f"{key.partition('.')[2]}={value}" for key, value in settings.items())
+    return ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
 
 
 def results(points: Sequence[Point]) -> list[dict[str, str | int | float]]:

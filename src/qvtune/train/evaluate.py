@@ -1,6 +1,7 @@
 """The evaluation loss."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +12,23 @@ from qvtune.data.dataset import TokenRows
 
 
 @torch.no_grad()
-def evaluate(engine: Any, rows: TokenRows, micro_batch_size: int, pad_token_id: int) -> tuple[float, float]:
+def evaluate(
+    engine: Any,
+    rows: TokenRows,
+    micro_batch_size: int,
+    pad_token_id: int,
+    between_batches: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
     """Mean cross entropy over all label tokens of ``rows`` (nats), and the seconds it took; collective.
 
     Every rank runs the same number of forward passes, as ZeRO-3's gathers need; one that has no rows left runs an
-    empty batch.
+    empty batch. ``between_batches`` is called equally often on all ranks.
     """
     started = time.monotonic()
     engine.eval()
     loss_sum = 0.0
     for start in range(0, len(rows), micro_batch_size * distributed.world_size()):
+        between_batches()
         first = start + distributed.rank() * micro_batch_size
         mine = [rows[index] for index in range(first, min(first + micro_batch_size, len(rows)))]
         batch = collate(mine, pad_token_id) if mine else empty_batch(pad_token_id)

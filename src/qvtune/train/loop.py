@@ -15,6 +15,7 @@ from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch, collate
 from qvtune.data.order import rows_of_step
+from qvtune.errors import StopRequested
 from qvtune.optim.schedule import multiplier
 from qvtune.report.console import StepDisplay
 from qvtune.report.metrics import MetricsLog
@@ -23,7 +24,7 @@ from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
 from qvtune.train.stop import StopRequest
 
-EXIT_DONE, EXIT_STOPPED = 0, 75
+EXIT_DONE = 0
 Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 
@@ -39,81 +40,93 @@ def train(config: RunConfig) -> int:
 
     The loss is the cross entropy summed over the label tokens of an optimizer step and divided by their number over all
     micro-batches and ranks, so it does not depend on how the rows are split.
+
+    Raises StopRequested when the request comes before the run folder is opened: there is nothing to save.
     """
     stop = StopRequest()
-    run = prepare(config)
+    run = prepare(config, stop)
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
     settings, rows, world_size = config.train, run.plan.rows, distributed.world_size()
     accumulation = engine.gradient_accumulation_steps()
     last_step = min(max_steps, settings.stop_after_step or max_steps)
-    run_started, stopping = time.monotonic(), 0.0
-    metrics = MetricsLog(run.run_dir, state.step + 1) if distributed.is_main() else None
+    saved_step = state.step if run.resume else None
+    run_started, reason = time.monotonic(), "stopped"
+    record, close = _recorder(run)
 
-    def record(event: str, **fields: object) -> None:
-        if metrics is not None:
-            metrics.write(event, **fields)
-
-    record(
-        "run_start",
-        step=state.step,
-        max_steps=max_steps,
-        world_size=world_size,
-        resumed_from=str(run.plan.resume or ""),
-    )
+    record("run_start", step=state.step, max_steps=max_steps, world_size=world_size, resumed_from=str(run.resume or ""))
     record("base_loaded", **_largest(vars(run.load)))
     with StepDisplay(state.step, max_steps, visible=distributed.is_main()) as display:
-        if state.step >= last_step:
-            display.say(f"step {state.step} of {last_step} is done already: nothing to train")
-        elif config.data.packing:
-            display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
-        if state.step == 0:
-            _evaluate(run, config, display, record)
+        try:
+            if state.step >= last_step:
+                display.say(f"step {state.step} of {last_step} is done already: nothing to train")
+            elif config.data.packing:
+                display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
+            _evaluate_if_due(run, config, stop, display, record)
 
-        while state.step < last_step and not stopping:
-            started = time.monotonic()
-            lr = {}
-            for group in engine.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * multiplier(state.step, max_steps, config.schedule)
-                lr[group["name"]] = group["lr"]
-            row_ids = rows_of_step(state.step, settings.global_batch_size, len(rows), settings.seed)
-            tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
-            # Dropout depends on the step and the rank, not on history: a resumed run draws the same masks.
-            torch.manual_seed((settings.seed * 1_000_003 + state.step) * 65_537 + distributed.rank())
+            while state.step < last_step:
+                started = time.monotonic()
+                lr = {}
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * multiplier(state.step, max_steps, config.schedule)
+                    lr[group["name"]] = group["lr"]
+                row_ids = rows_of_step(state.step, settings.global_batch_size, len(rows), settings.seed)
+                tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
+                # Dropout depends on the step and the rank, not on history: a resumed run draws the same masks.
+                torch.manual_seed((settings.seed * 1_000_003 + state.step) * 65_537 + distributed.rank())
 
-            loss_sum = 0.0
-            for micro_step, batch in enumerate(_micro_batches(run, config, state.step), start=1):
-                summed = engine(batch)
-                # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
-                engine.backward(summed * (accumulation * world_size / label_tokens))
-                loss_sum += summed.item()
-                if micro_step == accumulation:
-                    loss_sum, stopping = distributed.sum_over_ranks(loss_sum, float(bool(stop)))
-                    _require_finite("loss", loss_sum, state.step + 1)
-                engine.step()
-            # In bfloat16 DeepSpeed leaves out a step whose gradients are not finite, and says so here alone.
-            grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
-            _require_finite("gradient norm", grad_norm, state.step + 1)
+                loss_sum = 0.0
+                for micro_step, batch in enumerate(_micro_batches(run, config, state.step), start=1):
+                    stop.poll()
+                    summed = engine(batch)
+                    # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
+                    engine.backward(summed * (accumulation * world_size / label_tokens))
+                    loss_sum += summed.item()
+                    if micro_step == accumulation:
+                        (loss_sum,) = distributed.sum_over_ranks(loss_sum)
+                        _require_finite("loss", loss_sum, state.step + 1)
+                    engine.step()
+                # In bfloat16 DeepSpeed leaves out a step whose gradients are not finite, and says so here alone.
+                grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
+                _require_finite("gradient norm", grad_norm, state.step + 1)
 
-            state.step += 1
-            state.tokens += tokens
-            state.label_tokens += label_tokens
-            loss, seconds = loss_sum / label_tokens, time.monotonic() - started
-            display.step(state.step, loss, tokens / seconds, grad_norm, lr)
-            counts = {"tokens": tokens, "label_tokens": label_tokens}
-            record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
+                state.step += 1
+                state.tokens += tokens
+                state.label_tokens += label_tokens
+                loss, seconds = loss_sum / label_tokens, time.monotonic() - started
+                display.step(state.step, loss, tokens / seconds, grad_norm, lr)
+                counts = {"tokens": tokens, "label_tokens": label_tokens}
+                record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
 
-            if state.step == max_steps or _due(state.step, settings.eval_every):
-                _evaluate(run, config, display, record)
-            if state.step == last_step or stopping or _due(state.step, settings.save_every):
+                _evaluate_if_due(run, config, stop, display, record)
+                if state.step == last_step or _due(state.step, settings.save_every):
+                    _save(run, config, display, record)
+                    saved_step = state.step
+            reason = "completed" if state.step == max_steps else "stopped"
+        except StopRequested as request:
+            # The gradients of a step that is not complete are in no checkpoint: it will be run again, whole.
+            display.say(f"{request}: step {state.step} of {max_steps} is the last complete one")
+            if state.step != saved_step:
                 _save(run, config, display, record)
 
-        completed = state.step >= max_steps
         peak = _largest({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": _peak_device_bytes()})
-        reason, seconds = "completed" if completed else "stopped", time.monotonic() - run_started
-        record("run_end", step=state.step, reason=reason, seconds=seconds, **peak)
-    if metrics is not None:
-        metrics.close()
-    return EXIT_DONE if completed else EXIT_STOPPED
+        record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
+    close()
+    return EXIT_DONE if reason == "completed" else StopRequested.exit_code
+
+
+def _recorder(run: Run) -> tuple[Record, Callable[[], None]]:
+    """What writes an event of this run, as long as the run folder is its own, and what closes the record; on rank 0."""
+    if run.owner is None:
+        return lambda event, **fields: None, lambda: None
+    owner = run.owner
+    with owner.writing() as workspace:
+        metrics = MetricsLog(run.run_dir, run.state.step + 1, workspace)
+
+    def record(event: str, **fields: object) -> None:
+        with owner.writing():
+            metrics.write(event, **fields)
+
+    return record, metrics.close
 
 
 def _due(step: int, every: int) -> bool:
@@ -135,13 +148,19 @@ def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
         yield batch.to(run.engine.device)
 
 
-def _evaluate(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
-    if run.plan.eval_rows is None:
+def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
+    """Before training, after it, and every so often; also after a resume where a request to stop came in between."""
+    state, rows = run.state, run.plan.eval_rows
+    is_due = state.step in (0, run.plan.max_steps) or _due(state.step, config.train.eval_every)
+    if rows is None or not is_due or state.step in state.eval_losses:
         return
-    loss, seconds = evaluate(run.engine, run.plan.eval_rows, config.train.micro_batch_size, run.plan.pad_token_id)
-    run.state.eval_losses[run.state.step] = loss
-    display.say(f"step {run.state.step}: evaluation loss {loss:.4f} ({seconds:.1f} s)")
-    record("eval", step=run.state.step, loss=loss, seconds=seconds)
+    loss, seconds = evaluate(run.engine, rows, config.train.micro_batch_size, run.plan.pad_token_id, stop.poll)
+    state.eval_losses[state.step] = loss
+    display.say(f"step {state.step}: evaluation loss {loss:.4f} ({seconds:.1f} s)")
+    record("eval", step=state.step, loss=loss, seconds=seconds)
+    if run.owner is not None:
+        with run.owner.writing() as workspace:
+            checkpoint_folder.mark_best(run.run_dir / "checkpoints", state.eval_losses, workspace)
 
 
 def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
@@ -150,14 +169,17 @@ def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> 
     gathered = checkpoint_state.gather_state(run.engine)
     checkpoints = run.run_dir / "checkpoints"
     size = 0
-    if distributed.is_main():
-        peft_config = run.engine.module.model.peft_config["default"]
-        size = checkpoint_folder.write(
-            checkpoints,
-            run.state.step,
-            lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint),
-        )
-        checkpoint_folder.prune(checkpoints, config.checkpoint.keep)
+    if run.owner is not None:
+        peft_config = getattr(run.engine.module.model, "peft_config", {}).get("default")
+        with run.owner.writing() as workspace:
+            size = checkpoint_folder.write(
+                checkpoints,
+                run.state.step,
+                lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint),
+                workspace,
+            )
+            checkpoint_folder.mark_best(checkpoints, run.state.eval_losses, workspace)
+            checkpoint_folder.prune(checkpoints, config.checkpoint.keep, workspace)
     distributed.barrier()
     seconds = time.monotonic() - started
     display.say(f"step {run.state.step}: checkpoint {checkpoint_folder.step_folder(checkpoints, run.state.step)}")

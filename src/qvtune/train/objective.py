@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvtune.adapters.projections import transformers_model
 from qvtune.data.batch import Batch
 
 _CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
 
 
 class CausalLMObjective(nn.Module):
-    """Decoder, output head and loss around a ``PeftModel``; build it after the base is filled."""
+    """Decoder, output head and loss around what ``add_adapters`` returns; build it after the base is filled."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        causal_lm = model.get_base_model()  # type: ignore[operator]
+        causal_lm = transformers_model(model)
         self._decoder = [causal_lm.get_decoder()]  # in a list: registered once, under ``model``
         self.head = FrozenHeadLoss(causal_lm.get_output_embeddings())
 

@@ -18,6 +18,7 @@ from qvtune.base.loader import LoadReport, fill, open_base
 from qvtune.base.shard import Whole, ZeroPartition
 from qvtune.base.source import model_folder
 from qvtune.checkpoint import state as checkpoint_state
+from qvtune.checkpoint.owner import Owner
 from qvtune.checkpoint.state import TrainerState
 from qvtune.cluster import distributed
 from qvtune.config.deepspeed import resolve_deepspeed
@@ -30,6 +31,7 @@ from qvtune.paths import cache_dir
 from qvtune.report.console import console
 from qvtune.train.objective import CausalLMObjective
 from qvtune.train.run_folder import find_resume, open_run_folder, trajectory_settings
+from qvtune.train.stop import StopRequest
 
 Value = TypeVar("Value")
 
@@ -42,7 +44,7 @@ class Plan:
     attention: str
     dtype: torch.dtype
     deepspeed_config: dict[str, Any]
-    resume: Path | None
+    resume: Path | None  # as found; who takes the run folder looks again
     rows: TokenRows
     eval_rows: TokenRows | None
     pad_token_id: int
@@ -56,12 +58,14 @@ class Run:
     engine: Any
     plan: Plan
     run_dir: Path
+    owner: Owner | None  # on rank 0, which alone writes there
+    resume: Path | None
     state: TrainerState
     load: LoadReport
     fingerprint: Fingerprint
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, stop: StopRequest) -> Plan:
     """Check everything; collective. Raises UserError on all ranks, with nothing written but caches."""
     with distributed.together():
         dtype, dtype_reason = choose_dtype(config.model.dtype)
@@ -72,11 +76,8 @@ def plan(config: RunConfig) -> Plan:
     with distributed.together():
         _check_model(folder, config, dtype)
         tokenizer = _tokenizer(folder, config)
-    rows, eval_rows = (
-        None if path is None else distributed.once_per_host(partial(_rows, path, setting, config.data, tokenizer))
-        for setting, path in _files(config)
-    )
-    assert rows is not None
+    rows = _rows(config.data.train, "data.train", config.data, tokenizer, stop)
+    eval_rows = None if config.data.eval is None else _rows(config.data.eval, "data.eval", config.data, tokenizer, stop)
     if distributed.is_main():
         out = console()
         out.print(f"compute in {dtype} ({dtype_reason}); attention {attention} ({attention_reason})")
@@ -116,7 +117,7 @@ def check_recipe(config: RunConfig, world_size: int, on_gpus: bool) -> None:
         tokenizer = attempt(lambda: _tokenizer(folder, config))
         for setting, path in _files(config):
             if tokenizer is not None and path is not None:
-                attempt(partial(_rows, path, setting, config.data, tokenizer))
+                attempt(partial(_build_rows, path, setting, config.data, tokenizer))
     if problems:
         raise UserError(problems)
 
@@ -130,7 +131,7 @@ def dtype_there(config: RunConfig, on_gpus: bool) -> torch.dtype:
 
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> None:
     """Weights against architecture, and groups against projections, on a skeleton without memory."""
-    base = open_base(folder, config.model, dtype, attention="sdpa")
+    base = open_base(folder, config.model, dtype, "sdpa", config.adapter)
     if family_of(base.skeleton).is_encoder:
         decoders = [name for name, family in FAMILIES.items() if not family.is_encoder]
         raise UserError(
@@ -154,10 +155,17 @@ def _files(config: RunConfig) -> tuple[tuple[str, str | None], ...]:
     return ("data.train", config.data.train), ("data.eval", config.data.eval)
 
 
-def _rows(path: str, setting: str, data: DataSection, tokenizer: Any) -> TokenRows:
+def _rows(path: str, setting: str, data: DataSection, tokenizer: Any, stop: StopRequest) -> TokenRows:
+    stop.poll()
+    return distributed.once_per_host(lambda: _build_rows(path, setting, data, tokenizer, stop.poll_alone))
+
+
+def _build_rows(
+    path: str, setting: str, data: DataSection, tokenizer: Any, poll: Callable[[], None] = lambda: None
+) -> TokenRows:
     files = demo_files(cache_dir()) if path == "demo" else (Path(path), Path(path))
     file = files[0] if setting == "data.train" else files[1]
-    return build_token_rows(file, setting, data, tokenizer, cache_dir() / "tokens")
+    return build_token_rows(file, setting, data, tokenizer, cache_dir() / "tokens", poll)
 
 
 def _describe(rows: TokenRows) -> str:
@@ -171,46 +179,51 @@ def _describe(rows: TokenRows) -> str:
     return text
 
 
-def prepare(config: RunConfig) -> Run:
-    """Load the base, add adapters, start DeepSpeed, go on from a checkpoint if there is one; collective."""
-    planned = plan(config)
-    model, load, content = _load_model(config, planned)
+def prepare(config: RunConfig, stop: StopRequest) -> Run:
+    """Load the base, add adapters, start DeepSpeed, go on from a checkpoint if there is one; collective.
+
+    Raises UserError and StopRequested, on all ranks, as long as the run folder is untouched.
+    """
+    planned = plan(config, stop)
+    model, load, content = _load_model(config, planned, stop)
     if planned.resume is not None:
         checkpoint_state.require_base(planned.resume, content)
-        checkpoint_state.load_adapter(planned.resume, model)
-        state = checkpoint_state.load_trainer_state(planned.resume)
+    stop.poll()
+    resume, owner = open_run_folder(config, planned.deepspeed_config)
+    if resume is not None:
+        checkpoint_state.load_trained(resume, model)
+        state = checkpoint_state.load_trainer_state(resume)
         if distributed.is_main():
-            console().print(_resume_line(planned, state))
+            console().print(_resume_line(resume, planned, state))
         state.max_steps = planned.max_steps
     else:
         state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
-    run_dir = open_run_folder(config, planned.resume, planned.deepspeed_config)
-    engine = _start_engine(model, config, planned, state)
-    return Run(engine, planned, run_dir, state, load, content)
+    engine = _start_engine(model, config, planned, resume, state)
+    return Run(engine, planned, Path(config.run_dir), owner, resume, state, load, content)
 
 
-def _resume_line(planned: Plan, state: TrainerState) -> str:
-    line = f"going on from {planned.resume}, step {state.step} of {planned.max_steps}"
+def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:
+    line = f"going on from {resume}, step {state.step} of {planned.max_steps}"
     if planned.max_steps != state.max_steps:
         line += f"; it was {state.max_steps}, so the learning rates to come follow another schedule"
     return line
 
 
-def _load_model(config: RunConfig, planned: Plan) -> tuple[nn.Module, LoadReport, Fingerprint]:
-    base = open_base(planned.folder, config.model, planned.dtype, planned.attention)
+def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn.Module, LoadReport, Fingerprint]:
+    base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
         gather = distributed.gather_tensor
     else:
         placement, gather = Whole(distributed.device()), lambda own: [own]
-    load, content = fill(base, placement, planned.dtype, gather)
+    load, content = fill(base, placement, planned.dtype, gather, stop.poll)
     model = add_adapters(base.skeleton, config.adapter, str(planned.folder), config.train.seed)
     if config.train.activation_checkpointing:
         base.skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return model, load, content
 
 
-def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, state: TrainerState) -> Any:
+def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Path | None, state: TrainerState) -> Any:
     """The DeepSpeed engine around the objective, with the checkpoint's moments if there is one; its groups proved."""
     import deepspeed
 
@@ -232,8 +245,8 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, state: Tra
     for name, buffer in model.named_buffers():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffers[name].to(buffer.device))
-    if planned.resume is not None:
-        checkpoint_state.load_optimizer(planned.resume, engine, state.step)
+    if resume is not None:
+        checkpoint_state.load_optimizer(resume, engine, state.step)
     assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
     if distributed.is_main():
         for group in groups:

@@ -11,6 +11,7 @@ import torch
 
 from qvtune import versions
 from qvtune.checkpoint import folder as checkpoint_folder
+from qvtune.checkpoint.owner import Owner, take
 from qvtune.checkpoint.state import load_trainer_state
 from qvtune.cluster import distributed
 from qvtune.config.load import dump_config
@@ -91,35 +92,32 @@ def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -
     return problems
 
 
-def open_run_folder(config: RunConfig, resume: Path | None, deepspeed_config: dict[str, Any]) -> Path:
-    """Create the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
+def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tuple[Path | None, Owner | None]:
+    """Take the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
 
-    An earlier run in the place of a new one is moved to ``run_dir.1``, ``.2``, ... and kept; what belongs to the job
-    that is starting (``logs``, ``submitted``) stays.
+    Returns the checkpoint to go on from, as ``find_resume``: from now on nobody else adds or deletes any. On rank 0 the
+    owner as well. What an earlier run has left in the place of a new one is kept in ``run_dir.1``, ``.2``, ...
+    The job's own ``logs`` and ``submitted`` stay.
     """
-    run_dir = Path(config.run_dir)
     hosts = distributed.gather_objects(socket.gethostname())
-    if distributed.is_main():
-        if resume is None:
-            _move_aside(run_dir)
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        checkpoint_folder.remove_unfinished(run_dir / "checkpoints")
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json(run_dir / "deepspeed.json", deepspeed_config)
-        write_json(run_dir / "environment.json", environment(hosts))
+    owner = take(Path(config.run_dir)) if distributed.is_main() else None
     distributed.barrier()
-    return run_dir
-
-
-def _move_aside(run_dir: Path) -> None:
-    earlier = [path for path in run_dir.glob("*") if path.name not in _OF_THE_JOB]
-    if not earlier:
-        return
-    aside = next(path for n in range(1, 10**6) if not (path := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
-    aside.mkdir()
-    for path in earlier:
-        os.rename(path, aside / path.name)
-    console().print(f"an earlier run was in {run_dir}; it is now {aside}")
+    with distributed.together():
+        resume = find_resume(config)
+    if owner is not None:
+        if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
+            console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
+        with owner.writing() as workspace:
+            (workspace / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            write_json(workspace / "deepspeed.json", deepspeed_config)
+            write_json(workspace / "environment.json", environment(hosts))
+            for name in ("config.yaml", "deepspeed.json", "environment.json"):
+                os.replace(workspace / name, owner.run_dir / name)
+            checkpoints = owner.run_dir / "checkpoints"
+            checkpoints.mkdir(exist_ok=True)
+            checkpoint_folder.remove_unfinished(checkpoints)
+    distributed.barrier()
+    return resume, owner
 
 
 def environment(hosts: list[str]) -> dict[str, Any]:
