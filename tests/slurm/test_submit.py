@@ -24,6 +24,8 @@ def checkout(site: Site) -> Path:
     for name in ("launch", "src", "ds_configs"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(site.home / "slurm", folder / "slurm")
+    with (folder / "slurm" / "cluster.env").open("a") as settings:
+        settings.write("export QVTUNE_DOCTOR=1\n")
     return folder
 
 
@@ -76,6 +78,7 @@ def test_editing_the_checkout_does_not_reach_a_queued_job(site: Site, checkout: 
     site.cluster.run(LOGIN, "scontrol", "release", job)
     ended = site.cluster.wait(job, timeout=240)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.story
+    assert "\nGO\n" in ended.log(), ended.story
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert [entry["step"] for entry in map(json.loads, lines) if entry["event"] == "step"] == [1, 2]
     (frozen,) = (run_dir / "submitted").iterdir()

@@ -137,12 +137,14 @@ def test_the_base_is_known_by_its_headers(tmp_path: Path, llama_folder: Path) ->
     assert software.base_fact(open_weights(other)) != fact
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_needs_are_those_of_the_loaded_model(llama_folder: Path, double_quant: bool) -> None:
+@pytest.mark.parametrize(
+    ("double_quant", "adapter"), [(True, {"rank": 4}), (False, {"rank": 4}), (True, {"method": "full"})]
+)
+def test_needs_are_those_of_the_loaded_model(llama_folder: Path, double_quant: bool, adapter: dict[str, Any]) -> None:
     """3 %: padding of blocks."""
-    config = run_config(model={"name_or_path": str(llama_folder), "double_quant": double_quant}, adapter={"rank": 4})
+    config = run_config(model={"name_or_path": str(llama_folder), "double_quant": double_quant}, adapter=adapter)
     needs = needs_of(config, open_weights(llama_folder), 1, torch.float32)
-    model = load_whole(llama_folder, config.model, torch.float32)
+    model = load_whole(llama_folder, config.model, torch.float32, adapter=config.adapter)
     held = sum(parameter.nbytes for parameter in model.parameters())
     assert needs.base == pytest.approx(held, rel=0.03)
     half = needs_of(config, open_weights(llama_folder), 2, torch.float32)

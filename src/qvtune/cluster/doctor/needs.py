@@ -31,15 +31,19 @@ def needs_of(config: RunConfig, weights: BaseWeights, world_size: int, dtype: to
     """An estimate from the tensors' headers."""
     family = FAMILIES[json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))["model_type"]]
     trained = tuple(f".{family.projections[name]}" for name in config.adapter.projections if name in family.projections)
+    full = config.adapter.method == "full"
     base = parameters = 0
     for name, shape in _matrices(weights).items():
-        numel = math.prod(shape)
-        quantized = config.model.quantization == "nf4" and len(shape) == 2 and ".layers." in f".{name}"
-        base += int(numel * (_NF4_BYTES[config.model.double_quant] if quantized else dtype.itemsize))
-        if name.removesuffix(".weight").endswith(trained) and len(shape) == 2:
-            parameters += config.adapter.rank * sum(shape)
-    sharded = _stage(config) == 3
-    share = -(-base // world_size) if sharded else base
+        numel, is_matrix = math.prod(shape), len(shape) == 2
+        is_trained = is_matrix and name.removesuffix(".weight").endswith(trained)
+        if is_trained:
+            parameters += numel if full else config.adapter.rank * sum(shape)
+        in_nf4 = config.model.quantization == "nf4" and is_matrix and ".layers." in f".{name}"
+        if in_nf4 and not (is_trained and full):
+            base += int(numel * _NF4_BYTES[config.model.double_quant])
+        else:
+            base += numel * dtype.itemsize
+    share = -(-base // world_size) if _stage(config) == 3 else base
     largest = max(math.prod(shape) for shape in _matrices(weights).values()) * dtype.itemsize
     process = _PROCESS + largest + _OPTIMIZER_BYTES * parameters // world_size
     return Needs(share, process, _OPTIMIZER_BYTES * parameters + (1 << 20))
