@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_who_sets_the_number_of_threads_gets_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
     distributed._share_cores()
     assert torch.get_num_threads() == 1
+
+
+def test_the_timeout_of_collectives_is_half_an_hour_or_what_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QVTUNE_TIMEOUT_SECONDS", raising=False)
+    assert distributed._timeout() == timedelta(minutes=30)
+    monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", "45")
+    assert distributed._timeout() == timedelta(seconds=45)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "10m"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", text)
+    with pytest.raises(UserError, match="QVTUNE_TIMEOUT_SECONDS"):
+        distributed._timeout()
 
 
 def others_report(monkeypatch: pytest.MonkeyPatch, *problems: str, stop: str | None = None) -> None:

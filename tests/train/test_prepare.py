@@ -9,6 +9,7 @@ import torch.distributed as dist
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.train.prepare import plan
+from qvtune.train.stop import StopRequest
 from tests.tiny import ENCODERS, make_model_folder
 
 
@@ -32,5 +33,5 @@ def test_a_language_model_is_no_encoder(tmp_path: Path, family: str) -> None:
     with pytest.raises(
         UserError, match=r"task: causal_lm .* is an encoder.*llama.*gemma3_text\) in model\.name_or_path"
     ):
-        plan(config)
+        plan(config, StopRequest())
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +51,13 @@ class Owner:
             self.check()
             raise
 
-    def set_aside(self) -> Path | None:
-        """Move all that an earlier run has left to ``run_dir.1``, ``.2``, ...; None where there is nothing.
+    def set_aside(self, keep: Collection[str] = ()) -> Path | None:
+        """Move what an earlier run has left to ``run_dir.1``, ``.2``, ...; None where there is nothing.
 
-        Entry by entry through the workspace: renaming ``run_dir`` could hit what a newer run has made of it.
+        The names in ``keep`` stay. Entry by entry through the workspace: renaming ``run_dir`` could hit what a newer
+        run has made of it.
         """
-        left = [path for path in self.run_dir.iterdir() if not path.name.startswith(_PREFIX)]
+        left = [path for path in self.run_dir.iterdir() if not path.name.startswith(_PREFIX) and path.name not in keep]
         if not left:
             return None
         with self.writing() as workspace:

@@ -14,8 +14,8 @@ def run_command(command: Callable[[], int]) -> int:
     So is a StopRequested, which comes before there was anything to save, and gives 75. Any other exception ends this
     rank with a traceback, without collectives: the launcher ends the others.
     """
-    distributed.start()
     try:
+        distributed.start()
         code = command()
     except UserError as error:
         if distributed.is_main():

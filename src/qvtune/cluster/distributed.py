@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -20,7 +21,12 @@ Value = TypeVar("Value")
 
 
 def start() -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed.
+
+    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (by default half an hour) for a rank ends the run: so
+    a network that has been cut is noticed. Raises UserError where the variable is not a number of seconds.
+    """
+    timeout = _timeout()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _share_cores()
@@ -28,13 +34,24 @@ def start() -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
     os.environ.setdefault("LOCAL_RANK", "0")
-    # Between DeepSpeed, transformers and torch; nothing that the person at the console could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+    silence_others()
     import deepspeed
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+def silence_others() -> None:
+    """No warnings between DeepSpeed, transformers and torch: nothing that the person at the console could change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get("QVTUNE_TIMEOUT_SECONDS", "1800")
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"QVTUNE_TIMEOUT_SECONDS (slurm/cluster.env): {text!r} is not a number of seconds, e.g. 1800")
+    return timedelta(seconds=int(text))
 
 
 def _share_cores() -> None:

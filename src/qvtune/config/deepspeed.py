@@ -75,7 +75,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
             split.
     """
     assert world_size > 0 and dtype in ("float32", "bfloat16"), (world_size, dtype)
-    path = _find_json(config.deepspeed)
+    path = find_json(config.deepspeed)
     resolved, problems = _read_json(path)
     problems += _key_problems(resolved)
     problems += _fill(resolved, _values_of_run(config, world_size, dtype))
@@ -101,8 +101,8 @@ def fill_from_model(resolved: dict[str, Any], layer_numel: int) -> dict[str, Any
     return resolved | {"zero_optimization": zero | filled}
 
 
-def _find_json(name: str) -> Path:
-    """The file that ``name`` means: a path, or a file of the repository's ds_configs/."""
+def find_json(name: str) -> Path:
+    """The file that ``name`` means: a path, or a file of the repository's ds_configs/. Raises UserError without one."""
     folder = repository() / "ds_configs"
     for path in (Path(name), folder / name):
         if path.is_file():

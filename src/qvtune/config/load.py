@@ -59,6 +59,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def split_override(override: str) -> tuple[str, str]:
+    """``section.key=value`` -> its key and its value; the value is empty where there is no ``=``."""
+    _, name, _, text = _split(override)
+    return name, text
+
+
+def _split(override: str) -> tuple[str | None, str, str, str]:
+    """The mapping that the key is an entry of (``optimizer.lr_multipliers.``), the key, ``=`` and the value."""
+    mapping = next((prefix for prefix in _MAPPINGS if override.startswith(prefix)), None)
+    return (mapping, *(override.rpartition("=") if mapping else override.partition("=")))
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
     """The mapping in ``path``, where each key stands, and duplicated keys."""
     try:
@@ -97,8 +109,7 @@ def _record_keys(node: yaml.MappingNode, parents: tuple[str, ...], path: Path, p
 def _apply(override: str, tree: dict[str, Any], places: Places) -> list[str]:
     """Sets one ``section.key=value`` in ``tree`` and notes it in ``places``; returns what is wrong with it."""
     place = f"command line, `{override}`"
-    mapping = next((prefix for prefix in _MAPPINGS if override.startswith(prefix)), None)
-    name, equals, text = override.rpartition("=") if mapping else override.partition("=")
+    mapping, name, equals, text = _split(override)
     key = tuple([*mapping.rstrip(".").split("."), name.removeprefix(mapping)] if mapping else name.split("."))
     if not equals or not all(key):
         return [f"{place}: not of the form section.key=value, e.g. `train.max_steps=100`"]

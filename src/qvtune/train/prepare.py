@@ -1,9 +1,11 @@
 """From a configuration to all that the loop needs; what can be wrong is found before anything is written."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +33,8 @@ from qvtune.report.console import console
 from qvtune.train.objective import CausalLMObjective
 from qvtune.train.run_folder import find_resume, open_run_folder, trajectory_settings
 from qvtune.train.stop import StopRequest
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,42 @@ def plan(config: RunConfig, stop: StopRequest) -> Plan:
     return Plan(folder, attention, dtype, deepspeed_config, resume, rows, eval_rows, pad_token_id, max_steps)
 
 
+def check_recipe(config: RunConfig, world_size: int, on_gpus: bool) -> None:
+    """What ``plan`` checks, but for the devices of the run, in one process on a machine that need not have them.
+
+    Base and rows land in the caches, where the run on ``world_size`` ranks finds them. Raises UserError with the
+    problems of all parts that can be looked at on their own.
+    """
+    dtype = dtype_there(config, on_gpus)
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], Value]) -> Value | None:
+        try:
+            return check()
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    attempt(lambda: resolve_deepspeed(config, world_size, str(dtype).removeprefix("torch.")))
+    attempt(lambda: find_resume(config))
+    folder = attempt(lambda: model_folder(config.model.name_or_path, cache_dir()))
+    if folder is not None:
+        attempt(lambda: _check_model(folder, config, dtype))
+        tokenizer = attempt(lambda: _tokenizer(folder, config))
+        for setting, path in _files(config):
+            if tokenizer is not None and path is not None:
+                attempt(partial(_build_rows, path, setting, config.data, tokenizer))
+    if problems:
+        raise UserError(problems)
+
+
+def dtype_there(config: RunConfig, on_gpus: bool) -> torch.dtype:
+    """What ``choose_dtype`` will say on the machines of the run: their GPUs are taken to have bfloat16."""
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if on_gpus else torch.float32
+    return choose_dtype(config.model.dtype)[0]
+
+
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype) -> int:
     """Weights against architecture, and groups against projections, on a skeleton without memory.
 
@@ -118,15 +158,21 @@ def _tokenizer(folder: Path, config: RunConfig) -> Any:
         raise UserError(f"{folder}: no tokenizer that can be loaded ({error}) (model.name_or_path)") from error
 
 
+def _files(config: RunConfig) -> tuple[tuple[str, str | None], ...]:
+    return ("data.train", config.data.train), ("data.eval", config.data.eval)
+
+
 def _rows(path: str, setting: str, data: DataSection, tokenizer: Any, stop: StopRequest) -> TokenRows:
     stop.poll()
+    return distributed.once_per_host(lambda: _build_rows(path, setting, data, tokenizer, stop.poll_alone))
 
-    def build() -> TokenRows:
-        files = demo_files(cache_dir()) if path == "demo" else (Path(path), Path(path))
-        file = files[0] if setting == "data.train" else files[1]
-        return build_token_rows(file, setting, data, tokenizer, cache_dir() / "tokens", stop.poll_alone)
 
-    return distributed.once_per_host(build)
+def _build_rows(
+    path: str, setting: str, data: DataSection, tokenizer: Any, poll: Callable[[], None] = lambda: None
+) -> TokenRows:
+    files = demo_files(cache_dir()) if path == "demo" else (Path(path), Path(path))
+    file = files[0] if setting == "data.train" else files[1]
+    return build_token_rows(file, setting, data, tokenizer, cache_dir() / "tokens", poll)
 
 
 def _describe(rows: TokenRows) -> str:

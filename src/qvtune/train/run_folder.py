@@ -1,16 +1,15 @@
 """The run folder: whether a run starts there anew or goes on, and the record of what was run."""
 
-import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qvtune import versions
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.owner import Owner, take
 from qvtune.checkpoint.state import load_trainer_state
@@ -21,17 +20,6 @@ from qvtune.errors import UserError
 from qvtune.files import write_json
 from qvtune.report.console import console
 
-_PACKAGES = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "flash-attn",
-    "safetensors",
-    "numpy",
-)
 # What may change between the parts of one run: it leaves the losses as they are, or, as another length does to the
 # schedule of the steps to come, changes them in a way that is asked for and logged. All else must stay.
 _FREE_SETTINGS = {
@@ -48,6 +36,7 @@ _FREE_SETTINGS = {
     "model": {"attention"},
     "data": {"eval"},
 }
+_OF_THE_JOB = ("logs", "submitted")  # made before the run starts; the code that is running may lie there
 
 
 def trajectory_settings(config: RunConfig) -> dict[str, Any]:
@@ -108,6 +97,7 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
 
     Returns the checkpoint to go on from, as ``find_resume``: from now on nobody else adds or deletes any. On rank 0 the
     owner as well. What an earlier run has left in the place of a new one is kept in ``run_dir.1``, ``.2``, ...
+    The job's own ``logs`` and ``submitted`` stay.
     """
     hosts = distributed.gather_objects(socket.gethostname())
     owner = take(Path(config.run_dir)) if distributed.is_main() else None
@@ -115,7 +105,7 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
         found = find_resume(config) if owner is not None else None
     resume: Path | None = distributed.from_main(found)  # other hosts may not see yet what the old owner did last
     if owner is not None:
-        if resume is None and (aside := owner.set_aside()):
+        if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
         with owner.writing() as workspace:
             (workspace / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -133,9 +123,9 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
 def environment(hosts: list[str]) -> dict[str, Any]:
     """Versions, commit, command line and machines of this start."""
     return {
-        "packages": {name: _version(name) for name in ("qvtune", *_PACKAGES)},
+        "packages": versions.installed(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": versions.commit(),
         "argv": sys.argv,
         "hosts": hosts,
         "world_size": distributed.world_size(),
@@ -145,21 +135,3 @@ def environment(hosts: list[str]) -> dict[str, Any]:
         "torch_num_threads": torch.get_num_threads(),
         "slurm": {key: value for key, value in os.environ.items() if key.startswith("SLURM_JOB")},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The source's commit, with ``-dirty`` when files differ from it; None outside a repository."""
-    described = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None if described.returncode == 0 else None

@@ -1,0 +1,11 @@
+#!/bin/bash
+# One rank: rank.sh SCRIPT [ARGUMENT ...]. Its output is appended to its own log; rank 0's is in the job's output as well.
+set -u
+
+log=$QVTUNE_LOGS/rank-$RANK.log
+echo "--- $(date '+%F %T') job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} on $SLURMD_NODENAME" >>"$log"
+if ((RANK == 0)); then
+    exec python -u "$@" > >(exec tee -a "$log") 2>&1 # the rank itself stays the launcher's child, for signals and exit code
+else
+    exec python -u "$@" >>"$log" 2>&1
+fi

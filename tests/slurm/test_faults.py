@@ -1,0 +1,95 @@
+"""slurm/train.sbatch: hosts, networks, daemons and ranks that die."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import HOSTS, Job, wait_until
+from tests.slurm.site import MAX_STEPS, SAVE_EVERY, Site
+from tests.slurm.test_train import restarted
+
+RANK = r"[l]aunch/train\.py --config"  # in brackets, so that the pattern does not match its own command line
+
+
+@pytest.fixture
+def job_at_step_9(site: Site, request: pytest.FixtureRequest) -> tuple[str, Job]:
+    """Name of the test's run, with a checkpoint behind it, and its job."""
+    name = request.node.name
+    job = site.train(name, options=("--partition=all",))
+    return name, site.wait_for_step(job, name, SAVE_EVERY + 1)
+
+
+@pytest.fixture(autouse=True)
+def _healthy_afterwards(site: Site) -> Iterator[None]:
+    yield
+    site.cluster.wait_idle(*HOSTS, timeout=120)
+
+
+def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job]) -> None:
+    name, job = job_at_step_9
+    site.cluster.crash(job.hosts[1])
+    done = site.cluster.wait(job.id, timeout=400)
+    site.cluster.boot(job.hosts[1])
+    restarted(done, times=1)
+    assert job.hosts[1] not in done.hosts
+    assert site.losses(name) == site.reference(2)
+
+
+def test_a_job_whose_first_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job]) -> None:
+    """There the batch script and rank 0 were."""
+    name, job = job_at_step_9
+    site.cluster.crash(job.hosts[0])
+    done = site.cluster.wait(job.id, timeout=400)
+    site.cluster.boot(job.hosts[0])
+    restarted(done, times=1)
+    assert job.hosts[0] not in done.hosts
+    assert site.losses(name) == site.reference(2)
+
+
+def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site, job_at_step_9: tuple[str, Job]) -> None:
+    """The collective's timeout is the only one that notices soon: Slurm's own is far away."""
+    name, job = job_at_step_9
+    lost = job.hosts[1]
+    with site.cluster.slurmd_timeout(600):
+        site.cluster.cut(lost)
+        site.cluster.wait_for_job(
+            job.id,
+            lambda now: f"lost host: {lost}; it does not answer" in now.log(),
+            "ended by the timeout",
+            timeout=240,
+        )
+    done = site.cluster.wait(job.id, timeout=400)
+    site.cluster.heal(lost)
+    restarted(done, times=1)
+    assert site.losses(name) == site.reference(2)
+
+
+def test_a_killed_rank_ends_the_job(site: Site, job_at_step_9: tuple[str, Job]) -> None:
+    name, job = job_at_step_9
+    host = job.hosts[1]
+    *_, rank = site.cluster.pids(host, RANK)
+    site.cluster.kill(host, "KILL", rank)
+    done = site.cluster.wait(job.id, timeout=120)
+    assert (done.state, done.code, done.restarts) == ("FAILED", 137, 0), done.story
+    assert all(site.cluster.pids(host, RANK) == [] for host in job.hosts)
+    assert max(site.steps(name)) < MAX_STEPS
+
+
+def test_a_stale_rank_writes_nothing(site: Site) -> None:
+    """slurmd alone dies: the ranks of the first start live on, paused until the second one is at work elsewhere."""
+    name = "stale"
+    job = site.train(name, nodes=1, options=("--partition=all",), QVTUNE_PROCS_PER_NODE="2")
+    (host,) = site.wait_for_step(job, name, SAVE_EVERY + 1).hosts
+    ranks = site.cluster.pids(host, RANK)
+    site.cluster.kill(host, "STOP", *ranks)
+    site.cluster.kill_slurmd(host)
+    site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
+    site.wait_for_step(job, name, SAVE_EVERY + 3)
+    site.cluster.kill(host, "CONT", *ranks)
+    done = site.cluster.wait(job, timeout=400)
+    wait_until(lambda: not site.cluster.pids(host, RANK), "end of the stale ranks", timeout=120)
+    site.cluster.start_slurmd(host)
+    restarted(done, times=1)
+    assert host not in done.hosts
+    assert site.losses(name) == site.reference(2)
+    assert site.steps(name).count(MAX_STEPS) == 1
