@@ -29,6 +29,8 @@ def main() -> int:
         "--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, metavar="N", help="of a file; %(default)s"
     )
     parser.add_argument("--proof-rows", type=int, metavar="N", help="evaluation rows in the proof; 8 if there are")
+    parser.add_argument("--base", metavar="FOLDER_OR_ID", help="the base, where it is not (any more) where INPUT says")
+    parser.add_argument("--allow-pickle", action="store_true", help="open .bin and DeepSpeed's .pt, as tensors only")
     options = vars(parser.parse_args())
     return run_alone(lambda: convert(**options))
 

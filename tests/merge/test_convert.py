@@ -308,9 +308,8 @@ def test_a_damaged_checkpoint_is_refused(make_run: MakeRun, llama_folder: Path, 
         convert(run, tmp_path / "merged")
 
 
-def half_the_update(self: adapter.LoraAdapter, name: str) -> torch.Tensor:
-    factor_a, factor_b = self.factors[name]
-    return 0.5 * self.scaling * (factor_b @ factor_a).float()
+def half_the_update(self: adapter.LowRank, weight: torch.Tensor) -> torch.Tensor:
+    return weight + 0.5 * self.scaling * (self.factor_b @ self.factor_a).float()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -319,7 +318,7 @@ def test_a_wrong_merge_fails_the_proof_and_leaves_nothing(
 ) -> None:
     run = make_run(llama_folder)
     convert(run, tmp_path / "right", dtype=dtype)  # type: ignore[arg-type]
-    monkeypatch.setattr(adapter.LoraAdapter, "update", half_the_update)
+    monkeypatch.setattr(adapter.LowRank, "apply", half_the_update)
     with pytest.raises(ProofError):
         convert(run, tmp_path / "merged", dtype=dtype)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("*merged*"))
@@ -355,7 +354,7 @@ def test_exit_codes(
     assert capsys.readouterr().err.count("error: ") == 2
     assert exit_code(tmp_path / "nowhere", "--output", tmp_path / "new") == 2
     assert "no checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(adapter.LoraAdapter, "update", half_the_update)
+    monkeypatch.setattr(adapter.LowRank, "apply", half_the_update)
     assert exit_code(run, "--output", tmp_path / "wrong") == 1
     assert "was not written" in capsys.readouterr().err
     assert not list(tmp_path.glob("*wrong*"))
@@ -366,7 +365,8 @@ def test_the_command_runs_as_one_process_without_deepspeed(
 ) -> None:
     # A module of this name that cannot be imported stands in front of the real one.
     (tmp_path / "deepspeed.py").write_text("raise AssertionError('deepspeed was imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(CONVERT), str(make_run(llama_folder)), "--output", str(tmp_path / "merged")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

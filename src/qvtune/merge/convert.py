@@ -8,18 +8,16 @@ from typing import Literal
 
 import torch
 
-from qvtune.base import prequantized
+from qvtune.base import fingerprint, prequantized
 from qvtune.base.companions import copy_companions
-from qvtune.base.fingerprint import content_of
+from qvtune.base.fingerprint import Fingerprint, content_of
 from qvtune.base.loader import Base, open_base
 from qvtune.base.source import model_folder
 from qvtune.base.writer import write_model
-from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint.state import TrainerState, load_trainer_state, require_base
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.files import write_json
-from qvtune.merge.adapter import LoraAdapter, read_adapter, trained_dtype
+from qvtune.merge.adapter import Adapter
 from qvtune.merge.output import model_output, require_free, write_config
 from qvtune.merge.proof import (
     EXACT,
@@ -32,6 +30,7 @@ from qvtune.merge.proof import (
     load_merged,
 )
 from qvtune.merge.report import MergeReport, show
+from qvtune.merge.source import Source, open_source
 from qvtune.merge.tensors import Merger
 from qvtune.paths import cache_dir
 from qvtune.report.console import console
@@ -51,12 +50,11 @@ class ProofError(UserError):
 class _Task:
     """A merge that can be done: ``model`` says what the base is loaded as, ``adapter`` fits it."""
 
-    checkpoint: Path
-    state: TrainerState
+    source: Source
     model: ModelSection
     base: Path
     opened: Base
-    adapter: LoraAdapter
+    adapter: Adapter
     dtype: torch.dtype
 
 
@@ -68,35 +66,37 @@ def convert(
     dtype: DtypeChoice = "auto",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     proof_rows: int | None = None,
+    base: str | None = None,
+    allow_pickle: bool = False,
 ) -> MergeReport:
     """Merge the adapter of a checkpoint into its base; ``output`` then loads with ``AutoModelForCausalLM``.
 
-    ``source`` is a checkpoint folder or a run folder (its newest). ``base_weights``: what the adapter is added to, and
-    what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default where it was),
-    ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's. ``proof_rows``: rows of
-    the run's evaluation data that are compared as well (None: 8 where they can be found).
+    ``source`` is anything that ``open_source`` takes, with ``base`` and ``allow_pickle``. ``base_weights``: what the
+    adapter is added to, and what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default
+    where it was), ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's.
+    ``proof_rows``: rows of the run's evaluation data that are compared as well (None: 8 where they can be found).
 
     Raises UserError for what cannot be merged, ProofError where the proof fails; ``output`` does not appear then.
     """
     started = time.monotonic()
     _check_numbers(max_shard_bytes, proof_rows)
     require_free(output)
-    task = _open(source, base_weights, dtype)
+    task = _open(open_source(source, base=base, allow_pickle=allow_pickle), base_weights, dtype)
     merger = Merger(task.opened, task.adapter, task.dtype)
     plans = merger.plan()
-    console().print(f"merging {task.checkpoint} into {task.base}: {len(plans)} tensors")
+    console().print(f"merging {task.source.path} into {task.base}: {len(plans)} tensors")
     with model_output(output) as folder:
         files = write_model(folder, plans, merger.tensor, max_shard_bytes)
         prequantized.note_descriptions(task.opened.weights, task.opened.stored)
-        require_base(task.checkpoint, content_of(task.opened.weights, lambda own: [own], torch.device("cpu")))
+        _require_base(task.source, content_of(task.opened.weights, lambda own: [own], torch.device("cpu")))
         copy_companions(task.base, folder)
         write_config(task.base, folder, task.dtype)
         report = MergeReport(
-            checkpoint=str(task.checkpoint),
-            step=task.state.step,
+            checkpoint=str(task.source.path),
+            step=task.source.step,
             base=task.model.name_or_path,
             base_weights="dequantized" if task.opened.quantized() else "original",
-            trained_on=task.state.trajectory["model"]["quantization"],
+            trained_on=task.source.model.quantization,
             dtype=str(task.dtype).removeprefix("torch."),
             scaling=task.adapter.scaling,
             files=files,
@@ -123,17 +123,20 @@ def _check_numbers(max_shard_bytes: int, proof_rows: int | None) -> None:
         raise UserError(problems)
 
 
-def _open(source: Path, base_weights: BaseChoice | None, dtype: DtypeChoice) -> _Task:
+def _open(source: Source, base_weights: BaseChoice | None, dtype: DtypeChoice) -> _Task:
     """Find and check everything that is read. Raises UserError."""
-    checkpoint = checkpoint_folder.resolve(source)
-    checkpoint_folder.verify(checkpoint)
-    state = load_trainer_state(checkpoint)
-    model = _as_chosen(ModelSection(**state.trajectory["model"]), base_weights)
+    model = _as_chosen(source.model, base_weights)
     base = model_folder(model.name_or_path, cache_dir())
-    opened = open_base(base, model, trained_dtype(checkpoint), attention="sdpa")
-    adapter = read_adapter(checkpoint, opened.tensors())
+    opened = open_base(base, model, source.dtype or torch.float32, attention="sdpa")
+    adapter = source.adapter(opened.tensors())
     merged_dtype = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    return _Task(checkpoint, state, model, base, opened, adapter, merged_dtype)
+    return _Task(source, model, base, opened, adapter, merged_dtype)
+
+
+def _require_base(source: Source, found: Fingerprint) -> None:
+    if source.fingerprint is not None:
+        advice = f"{source.path} was trained on another base; give that one"
+        fingerprint.require_same(source.fingerprint, found, "the base (model.name_or_path)", advice)
 
 
 def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> ModelSection:
@@ -149,8 +152,8 @@ def _prove(task: _Task, folder: Path, num_rows: int | None) -> Proof:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=task.model.trust_remote_code)
-    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, task.checkpoint, num_rows)
-    adapted = load_adapted(task.base, task.model, task.checkpoint, task.adapter.dtype)
+    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, task.source.path, num_rows)
+    adapted = load_adapted(task.base, task.model, task.source.path, task.adapter.dtype)
     return compare(adapted, load_merged(folder, task.model), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
 
 

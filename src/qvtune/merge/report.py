@@ -21,12 +21,12 @@ class MergeReport:
     """
 
     checkpoint: str
-    step: int
+    step: int | None
     base: str
     base_weights: str
     trained_on: str
     dtype: str
-    scaling: float
+    scaling: float | None
     files: list[str]
     bytes: int
     tensors: dict[str, int]

@@ -11,7 +11,7 @@ from qvtune.base.nf4 import Layout, NF4Linear
 from qvtune.base.shard import Whole
 from qvtune.base.writer import TensorPlan
 from qvtune.errors import UserError
-from qvtune.merge.adapter import LoraAdapter
+from qvtune.merge.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Merger:
     ``quantized`` are the matrices to be replaced by their NF4 values; ``updates`` grows with each adapted matrix.
     """
 
-    def __init__(self, base: Base, adapter: LoraAdapter, dtype: torch.dtype) -> None:
+    def __init__(self, base: Base, adapter: Adapter, dtype: torch.dtype) -> None:
         self._base, self._adapter, self._dtype = base, adapter, dtype
         self._tensors, self._quantized = base.tensors(), base.quantized()
         self.updates: list[MatrixUpdate] = []
@@ -45,7 +45,7 @@ class Merger:
 
     def kind(self, name: str) -> Literal["adapted", "dequantized", "copied"]:
         """What becomes of a tensor of the base."""
-        if name in self._adapter.factors:
+        if name in self._adapter.changes:
             return "adapted"
         return "dequantized" if name in self._quantized else "copied"
 
@@ -72,10 +72,10 @@ class Merger:
         return self._base.weights.read_flat(name).view(self._tensors[name].shape)
 
     def _adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        update = self._adapter.update(name)
-        update_norm, weight_norm = float(update.norm()), float(weight.norm())
+        adapted = self._adapter.changes[name].apply(weight)
+        update_norm, weight_norm = float((adapted - weight).norm()), float(weight.norm())
         self.updates.append(MatrixUpdate(name, update_norm, weight_norm, update_norm / weight_norm))
-        return weight + update
+        return adapted
 
 
 def _through_nf4(base: Base, path: str, layout: Layout) -> torch.Tensor:
