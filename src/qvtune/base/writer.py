@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from qvtune.base.source import ALL_DTYPES
+
+_DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from qvtune.base import fingerprint, prequantized
 from qvtune.base.companions import copy_companions
 from qvtune.base.fingerprint import Fingerprint, content_of
-from qvtune.base.loader import Base, open_base
-from qvtune.base.source import model_folder
+from qvtune.base.loader import Base
 from qvtune.base.writer import write_model
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.files import write_json
 from qvtune.merge.adapter import Adapter
+from qvtune.merge.base import BaseChoice, open_base_of
 from qvtune.merge.output import model_output, require_free, write_config
 from qvtune.merge.proof import (
     EXACT,
@@ -32,11 +32,10 @@ from qvtune.merge.proof import (
 from qvtune.merge.report import MergeReport, show
 from qvtune.merge.source import Source, open_source
 from qvtune.merge.tensors import Merger
-from qvtune.paths import cache_dir
 from qvtune.report.console import console
 
-BaseChoice = Literal["dequantized", "original"]
-DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
@@ -81,7 +80,7 @@ def convert(
     started = time.monotonic()
     _check_numbers(max_shard_bytes, proof_rows)
     require_free(output)
-    task = _open(open_source(source, base=base, allow_pickle=allow_pickle), base_weights, dtype)
+    task = _open(open_source(source, base=base, allow_pickle=allow_pickle), base_weights, dtype, allow_pickle)
     merger = Merger(task.opened, task.adapter, task.dtype)
     plans = merger.plan()
     console().print(f"merging {task.source.path} into {task.base}: {len(plans)} tensors")
@@ -90,7 +89,7 @@ def convert(
         prequantized.note_descriptions(task.opened.weights, task.opened.stored)
         _require_base(task.source, content_of(task.opened.weights, lambda own: [own], torch.device("cpu")))
         copy_companions(task.base, folder)
-        write_config(task.base, folder, task.dtype)
+        write_config(task.base, folder, task.dtype, task.adapter.config)
         report = MergeReport(
             checkpoint=str(task.source.path),
             step=task.source.step,
@@ -123,29 +122,18 @@ def _check_numbers(max_shard_bytes: int, proof_rows: int | None) -> None:
         raise UserError(problems)
 
 
-def _open(source: Source, base_weights: BaseChoice | None, dtype: DtypeChoice) -> _Task:
+def _open(source: Source, base_weights: BaseChoice | None, dtype: DtypeChoice, allow_pickle: bool) -> _Task:
     """Find and check everything that is read. Raises UserError."""
-    model = _as_chosen(source.model, base_weights)
-    base = model_folder(model.name_or_path, cache_dir())
-    opened = open_base(base, model, source.dtype or torch.float32, attention="sdpa")
-    adapter = source.adapter(opened.tensors())
-    merged_dtype = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    return _Task(source, model, base, opened, adapter, merged_dtype)
+    opened = open_base_of(source, base_weights, allow_pickle)
+    adapter = source.adapter(opened.base.tensors())
+    merged_dtype = opened.dtype if dtype == "auto" else getattr(torch, _SHORT_NAMES.get(dtype, dtype))
+    return _Task(source, opened.model, opened.folder, opened.base, adapter, merged_dtype)
 
 
 def _require_base(source: Source, found: Fingerprint) -> None:
     if source.fingerprint is not None:
         advice = f"{source.path} was trained on another base; give that one"
         fingerprint.require_same(source.fingerprint, found, "the base (model.name_or_path)", advice)
-
-
-def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> ModelSection:
-    if base_weights == "dequantized" and trained_on.quantization == "none":
-        raise UserError(
-            "--base-weights dequantized: the run was trained on the original weights (model.quantization: none), there "
-            "are no others; leave the option out"
-        )
-    return trained_on.model_copy(update={"quantization": "none"}) if base_weights == "original" else trained_on
 
 
 def _prove(task: _Task, folder: Path, num_rows: int | None) -> Proof:

@@ -3,9 +3,10 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,9 +37,9 @@ def model_output(output: Path) -> Iterator[Path]:
     fsync(output.parent)
 
 
-def write_config(base: Path, folder: Path, dtype: torch.dtype) -> None:
-    """The base's config.json for weights that are to be computed with in ``dtype``."""
+def write_config(base: Path, folder: Path, dtype: torch.dtype, changes: Mapping[str, Any]) -> None:
+    """The base's config.json with ``changes``, for weights that are to be computed with in ``dtype``."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # what "dtype" was called before transformers 4.56
     config.pop("quantization_config", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", config | changes | {"dtype": str(dtype).removeprefix("torch.")})

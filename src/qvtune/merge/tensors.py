@@ -37,14 +37,17 @@ class Merger:
 
     def plan(self) -> list[TensorPlan]:
         """Every tensor of the merged model, in the order in which the base is read from front to back."""
-        stored = sorted(self._tensors.values(), key=lambda tensor: (tensor.file, tensor.offset))
+        kept = [tensor for name, tensor in self._tensors.items() if name not in self._adapter.dropped]
+        stored = sorted(kept, key=lambda tensor: (tensor.file, tensor.offset))
         return [
             TensorPlan(tensor.name, tensor.dtype if self.kind(tensor.name) == "copied" else self._dtype, tensor.shape)
             for tensor in stored
-        ]
+        ] + [TensorPlan(name, self._dtype, tuple(tensor.shape)) for name, tensor in self._adapter.added.items()]
 
-    def kind(self, name: str) -> Literal["adapted", "dequantized", "copied"]:
-        """What becomes of a tensor of the base."""
+    def kind(self, name: str) -> Literal["adapted", "added", "dequantized", "copied"]:
+        """What becomes of a tensor of the base, or of the adapter's own."""
+        if name in self._adapter.added:
+            return "added"
         if name in self._adapter.changes:
             return "adapted"
         return "dequantized" if name in self._quantized else "copied"
@@ -54,7 +57,7 @@ class Merger:
 
         Raises UserError when a value is too large for the dtype.
         """
-        value = self._base_value(name)
+        value = self._adapter.added[name] if name in self._adapter.added else self._base_value(name)
         if self.kind(name) == "copied":
             return value
         if self.kind(name) == "adapted":
