@@ -35,7 +35,7 @@ def adapter() -> LoraConfig:
         lora_alpha=7,
         target_modules=["q_proj", "v_proj", "down_proj"],
         rank_pattern={"down_proj": 5},
-        modules_to_save=["lm_head"],
+        modules_to_save=["lm_head", "norm"],  # norms are a parameter group of their own, without weight decay
         init_lora_weights=False,
     )
 
