@@ -56,11 +56,13 @@ def test_the_masters_are_what_the_library_has_gathered_and_merge_to_what_peft_me
         )
         assert masters.keys() == gathered.keys()
         for name, tensor in gathered.items():
-            assert torch.equal(masters[name], tensor), name
+            assert torch.equal(masters[name].to(tensor.dtype), tensor), name
         expected = merged_by_peft(llama_fp32_folder, checkpoint, AutoModelForCausalLM).state_dict()
+        # TRL trains in bfloat16, and PEFT has saved the masters rounded to that.
+        rounded = gathered["lm_head.weight"].dtype == torch.bfloat16
         for place in (checkpoint, checkpoint / "global_step2"):
             found, ours = merged_by_us(place, allow_pickle=True)
-            assert_same(found, expected)
+            assert_same(found, expected, tolerance=2**-7 if rounded else 1e-6)
             assert len(ours.changes) == 12
         assert not torch.equal(expected["model.norm.weight"], base["model.norm.weight"])  # trained, in its own group
 
