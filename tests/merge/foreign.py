@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from qvtune.merge.base import open_base_of
 from qvtune.merge.source import open_source
+from qvtune.merge.task import open_task
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,12 +42,11 @@ def merged_by_peft(base: Path, adapter: Path, architecture: Any, **options: Any)
 def merged_by_us(adapter: Path, *, allow_pickle: bool = False, base: Path | None = None) -> tuple[Tensors, Any]:
     """Every tensor of the merged model in fp32, by its name in the base's files, and the adapter that made it."""
     source = open_source(adapter, base=str(base) if base else None, allow_pickle=allow_pickle)
-    opened = open_base_of(source, "original").base
-    tensors = opened.tensors()
-    ours = source.adapter(tensors)
+    task = open_task(source, "original", "auto")
+    ours, opened = task.adapter, task.base
     merged = {}
-    for name in tensors.keys() - ours.dropped:
-        value = opened.weights.read_flat(name).view(tensors[name].shape)
+    for name in opened.tensors.keys() - ours.dropped:
+        value = opened.weights.read_flat(name).view(opened.tensors[name].shape)
         merged[name] = ours.changes[name].apply(value.float()) if name in ours.changes else value
     assert not ours.added.keys() & merged.keys()
     return merged | {name: tensor.float() for name, tensor in ours.added.items()}, ours

@@ -237,7 +237,7 @@ V = "base_model.model.model.layers.1.self_attn.v_proj"
         (configure(init_lora_weights="pissa"), "changed the base before training"),
         (configure(bias="some"), "bias is 'some'; allowed: none, all, lora_only"),
         (configure(base_model_name_or_path=None), "names no base .*--base"),
-        (configure(base_model_name_or_path="/nowhere/at/all"), "where it is now is given with --base"),
+        (configure(base_model_name_or_path="/nowhere/at/all"), "where it is now is said with --base"),
         (configure(base_model_name_or_path="some/where", revision="v2"), "revision 'v2' of some/where"),
         (configure(r=8), r"lora_A\.weight has shape \[4, 64\], the base needs \[8, 64\]"),
         (configure(use_dora=True), r"v_proj\.lora_magnitude_vector \[32\] is missing"),

@@ -1,83 +1,81 @@
-"""Opening the base of what is to be merged."""
+"""The base as a merge reads it: any range of any tensor, with the values of its files or those of training's NF4.
 
-import json
-from collections import Counter
+Nothing here needs transformers or bitsandbytes unless matrices go through NF4.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from qvtune.base import prequantized
-from qvtune.base.loader import Base, open_base
-from qvtune.base.source import model_folder, open_weights
+from qvtune.base import fingerprint
+from qvtune.base.fingerprint import Fingerprint
+from qvtune.base.source import BaseWeights, StoredTensor, open_weights
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from qvtune.merge.source import Source
-from qvtune.paths import cache_dir
 
-BaseChoice = Literal["dequantized", "original"]
+if TYPE_CHECKING:
+    from qvtune.base.loader import Base
+    from qvtune.base.nf4 import Layout
+
+ReadFlat = Callable[[int, int], torch.Tensor]  # [start, end) of the flattened tensor -> 1-D tensor
 
 
 @dataclass(frozen=True)
-class OpenedBase:
-    """``model`` says what the base in ``folder`` is loaded as; ``dtype`` is that of training, or the base's own."""
+class MergeBase:
+    """``tensors`` are the model's, a 4-bit matrix with its own shape; ``quantized`` are those that go through NF4."""
 
     folder: Path
-    model: ModelSection
-    base: Base
-    dtype: torch.dtype
+    weights: BaseWeights
+    tensors: Mapping[str, StoredTensor]
+    quantized: "Mapping[str, Layout]"
+    opened: "Base | None"
+
+    def reader(self, name: str) -> ReadFlat:
+        """Ranges of one tensor; a quantized matrix gets its codes here, and its values at each read."""
+        if name not in self.quantized:
+            return partial(self.weights.read_flat, name)
+        from qvtune.base.loader import quantized_pieces
+        from qvtune.base.nf4 import dequantize_range
+        from qvtune.base.shard import Whole
+
+        assert self.opened is not None
+        layout, whole = self.quantized[name], Whole(torch.device("cpu"))
+        path = name.removesuffix(".weight")
+        pieces, offset = quantized_pieces(path, layout, self.opened, whole, gather=lambda own: [own])
+        return partial(dequantize_range, pieces, offset, layout)
+
+    def require_finite(self) -> None:
+        """Raises UserError naming the tensors, of those read so far, that hold NaN or infinite values."""
+        if bad := sorted(self.weights.not_finite):
+            raise UserError([f"{self.folder}: tensor {name!r} holds NaN or infinite values" for name in bad])
+
+    def content(self) -> Fingerprint:
+        """The fingerprint of all that has been read. Raises UserError naming tensors with NaN or infinite values."""
+        if self.opened is not None:
+            from qvtune.base.prequantized import note_descriptions
+
+            note_descriptions(self.weights, self.opened.stored)
+        return fingerprint.content_of(self.weights, lambda own: [own], torch.device("cpu"))
 
 
-def open_base_of(source: Source, choice: BaseChoice | None, allow_pickle: bool = False) -> OpenedBase:
-    """The base of ``source`` as ``choice`` wants it: None = as it was trained on, as far as known.
+def open_merge_base(folder: Path, model: ModelSection, dtype: torch.dtype) -> MergeBase:
+    """Open the base with ``model.quantization`` as the merge wants it; ``dtype`` is training's.
 
-    Of adapters from elsewhere that is not known: the original weights, unless the base's folder holds 4-bit ones. With
-    ``original`` any architecture will do, since nothing but names and shapes is needed. Raises UserError.
+    Raises UserError for weights that cannot be read so. What is not quantized may be of any architecture.
     """
-    if source.kind in ("checkpoint", "full"):
-        return _open_ours(source, choice)
-    try:
-        folder = model_folder(source.model.name_or_path, cache_dir())
-    except UserError as error:
-        advice = f"{source.path} names that base; where it is now is given with --base"
-        raise UserError([*error.problems, advice]) from error
-    weights = open_weights(folder, allow_pickle, any_dtype=True)
-    stored = prequantized.stored_matrices(weights)
-    found = Counter(tensor.dtype for tensor in weights.values() if tensor.dtype.is_floating_point)
-    dtype = found.most_common(1)[0][0]
-    update = {"allow_pickle": allow_pickle}
-    if stored or choice == "dequantized":
-        double_quant = next((entry.double_quant for entry in stored.values()), True)
-        model = source.model.model_copy(update=update | {"quantization": "nf4", "double_quant": double_quant})
-        model = _as_chosen(model, choice)
-        return OpenedBase(folder, model, open_base(folder, model, dtype, attention="sdpa"), dtype)
-    _require_plain(folder)
-    model = source.model.model_copy(update=update)
-    return OpenedBase(folder, model, Base(nn.Module(), weights, {}), dtype)
+    if model.quantization == "none":
+        weights = open_weights(folder, model.allow_pickle, any_dtype=True)
+        if any(".quant_state." in name for name in weights):
+            raise UserError(
+                f"{folder}: the weights are stored in 4 bits, so there are no original ones; leave --base-weights "
+                "original out, or give the folder of the original weights"
+            )
+        return MergeBase(folder, weights, weights.tensors, {}, None)
+    from qvtune.base.loader import open_base
 
-
-def _open_ours(source: Source, choice: BaseChoice | None) -> OpenedBase:
-    model = _as_chosen(source.model, choice)
-    folder, dtype = model_folder(model.name_or_path, cache_dir()), source.dtype or torch.float32
-    return OpenedBase(folder, model, open_base(folder, model, dtype, attention="sdpa"), dtype)
-
-
-def _as_chosen(trained_on: ModelSection, choice: BaseChoice | None) -> ModelSection:
-    if choice == "dequantized" and trained_on.quantization == "none":
-        raise UserError(
-            "--base-weights dequantized: the run was trained on the original weights (model.quantization: none), there "
-            "are no others; leave the option out"
-        )
-    return trained_on.model_copy(update={"quantization": "none"}) if choice == "original" else trained_on
-
-
-def _require_plain(folder: Path) -> None:
-    """Raises UserError where the weights are packed in a format that is not read here."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if quantization := config.get("quantization_config"):
-        raise UserError(
-            f"{folder}/config.json: the weights are quantized by {quantization.get('quant_method')!r}; give the folder "
-            "of the original weights with --base"
-        )
+    opened = open_base(folder, model, dtype, attention="sdpa")
+    return MergeBase(folder, opened.weights, opened.tensors(), opened.quantized(), opened)
