@@ -62,7 +62,7 @@ class RowsReplaced:
 
     def apply(self, weight: Tensor) -> Tensor:
         """As ``Change``."""
-        return weight.index_copy(0, torch.tensor(self.indices), self.rows.float())
+        return weight.index_copy(0, torch.tensor(self.indices, dtype=torch.long), self.rows.float())
 
 
 @dataclass(frozen=True)

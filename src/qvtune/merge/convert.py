@@ -12,6 +12,7 @@ import torch
 
 import qvtune
 from qvtune.base.companions import copy_companions
+from qvtune.data import IGNORE_INDEX
 from qvtune.errors import UserError
 from qvtune.files import write_json
 from qvtune.memory import return_freed_memory
@@ -103,11 +104,13 @@ def _prove(task: Task, layered: "LayeredModel", folder: Path, num_rows: int | No
 
     from qvtune.merge.proof import EXACT, ROUNDED, prove
     from qvtune.merge.sides import sides_of
-    from qvtune.merge.texts import evaluation_rows, fixed_prompts
+    from qvtune.merge.texts import Text, evaluation_rows, fixed_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=task.model.trust_remote_code)
     run = task.source.path if task.source.state is not None else None
     texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
+    if task.is_classifier:  # one position of logits a text: those of the classes
+        texts = [Text(text.ids, [IGNORE_INDEX]) for text in texts]
     return prove(layered, sides_of(task, folder), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
 
 

@@ -79,7 +79,7 @@ def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
 
 def merged_folder(folder: Path) -> Side:
     """What has been written."""
-    weights = open_weights(folder)
+    weights = open_weights(folder, any_dtype=True)
     base = MergeBase(folder, weights, weights.tensors, {}, None)
     return Side(weights.keys(), lambda name, first, last: _rows_of(base, name, first, last))
 
