@@ -164,6 +164,14 @@ def test_tied_embeddings_stay_tied_where_training_kept_them_so(tmp_path: Path) -
         assert not ours.config and not ours.added
 
 
+def test_a_head_that_was_to_be_saved_and_is_not_there(tmp_path: Path) -> None:
+    base = make_model_folder(tmp_path / "base", tie=True, dtype=torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", LM, **QV | {"modules_to_save": ["lm_head"]})
+    tensors(lambda stored: stored.pop("base_model.model.lm_head.weight"))(adapter)
+    with pytest.raises(UserError, match=r"lm_head\.weight is missing \(modules_to_save\)"):
+        merged_by_us(adapter)
+
+
 def test_older_layouts_mean_the_same(llama_fp32_folder: Path, tmp_path: Path) -> None:
     settings = QV | {"use_dora": True, "modules_to_save": ["lm_head"]}
     adapter = save_adapter(llama_fp32_folder, tmp_path / "adapter", LM, **settings)

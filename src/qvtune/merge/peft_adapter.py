@@ -186,6 +186,10 @@ class _Reader:
                 yield f"{_key(name)} is missing (bias: {self.config.bias})"
             if self.config.saves(name) and name not in self.saved:
                 yield f"{_key(name)} is missing (modules_to_save)"
+        tied = bool(self.config.get("ensure_weight_tying"))
+        if self.config.saves("lm_head.weight") and not {"lm_head.weight"} & (self.names.keys() | self.saved.keys()):
+            if not (tied or head_task):  # the base's file has none either, where it is tied to the input
+                yield f"{_key('lm_head.weight')} is missing (modules_to_save)"
 
 
 def _placed(

@@ -130,9 +130,11 @@ def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{file}: is a pickle, which can run code when opened; with --allow-pickle it is opened as tensors only"
         )
     try:
-        stored: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        stored: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: cannot be read as tensors only ({_first_line(error)})") from error
+    if not (isinstance(stored, dict) and all(torch.is_tensor(value) for value in stored.values())):
+        raise UserError(f"{file}: holds something else than tensors by name")
     return stored
 
 
