@@ -13,8 +13,8 @@ from qvtune.errors import UserError
 from qvtune.merge.adapter import Adapter, Both, Change, LowRank, Replaced, RowsReplaced
 from qvtune.merge.heads import head_settings, is_other_head
 from qvtune.merge.names import model_names, plain_keys
-from qvtune.merge.peft_config import PeftConfig
-from qvtune.merge.tied import keep_or_untie
+from qvtune.merge.peft_config import HEAD_TASKS, PeftConfig
+from qvtune.merge.tied import OUTPUT, input_of, keep_or_untie
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
@@ -99,8 +99,8 @@ class _Reader:
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
         """Of a tensor in the base; that of the input embeddings for an output matrix that is tied to them."""
-        if name not in self.names and name == "lm_head.weight":
-            name = next((tied for tied in self.names if tied.endswith(("embed_tokens.weight", "wte.weight"))), name)
+        if name not in self.names and name == OUTPUT:
+            name = input_of(self.names) or name
         return self.base[self.names[name]].shape if name in self.names else None
 
     def _low_rank(self, module: str, parts: dict[str, Tensor]) -> LowRank | None:
@@ -171,25 +171,31 @@ class _Reader:
     def _missing(self) -> Iterator[str]:
         """What the configuration promises for this base and nobody has saved."""
         adapted_ends = {module.rpartition(".")[2] for module in self.parts}
-        head_task = is_other_head("lm_head.weight", self.config.get("task_type"))
         for name, found in self.names.items():
             module, _, kind = name.rpartition(".")
             targeted = self.config.targets(module)
             if targeted is None:  # the other layers tell which modules were meant
                 targeted = module.rpartition(".")[2] in adapted_ends and not self.config.saves(name)
-            promised = targeted and (_IN_A_LAYER.search(module) or not head_task)
-            if kind == "weight" and len(self.base[found].shape) == 2 and promised and module not in self.parts:
-                num_in = self.base[found].shape[1]
-                yield f"{_key(module)}.lora_A.weight {[self.config.rank(module), num_in]} is missing"
-            of_bias = {"none": False, "all": not head_task or _IN_A_LAYER.search(module), "lora_only": targeted}
+            inside = not self._has_own_head or bool(_IN_A_LAYER.search(module))  # else the base's file may have more
+            shape = self.base[found].shape
+            if kind == "weight" and len(shape) == 2 and targeted and inside and module not in self.parts:
+                yield f"{_key(module)}.lora_A.weight {[self.config.rank(module), shape[1]]} is missing"
+            of_bias = {"none": False, "all": inside, "lora_only": targeted}
             if kind == "bias" and of_bias[self.config.bias] and name not in self.saved:
                 yield f"{_key(name)} is missing (bias: {self.config.bias})"
-            if self.config.saves(name) and name not in self.saved:
-                yield f"{_key(name)} is missing (modules_to_save)"
-        tied = bool(self.config.get("ensure_weight_tying"))
-        if self.config.saves("lm_head.weight") and not {"lm_head.weight"} & (self.names.keys() | self.saved.keys()):
-            if not (tied or head_task):  # the base's file has none either, where it is tied to the input
-                yield f"{_key('lm_head.weight')} is missing (modules_to_save)"
+        yield from self._missing_saved()
+
+    def _missing_saved(self) -> Iterator[str]:
+        wanted = {name for name in self.names if self.config.saves(name)}
+        tied_in_training = bool(self.config.get("ensure_weight_tying"))
+        if self.config.saves(OUTPUT) and not (tied_in_training or self._has_own_head):
+            wanted.add(OUTPUT)  # the base's file has none where it is tied to the input
+        for name in sorted(wanted - self.saved.keys()):
+            yield f"{_key(name)} is missing (modules_to_save)"
+
+    @property
+    def _has_own_head(self) -> bool:
+        return self.config.get("task_type") in HEAD_TASKS
 
 
 def _placed(

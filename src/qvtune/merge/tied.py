@@ -5,7 +5,7 @@ model that keeps them tied, as ``merge_and_unload`` makes it, is not the one tha
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from qvtune.errors import UserError
 from qvtune.merge.adapter import Change, Replaced, RowsReplaced
 from qvtune.merge.peft_config import HEAD_TASKS
 
-_OUTPUT = "lm_head.weight"
+OUTPUT = "lm_head.weight"
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
@@ -31,29 +31,34 @@ def keep_or_untie(
 
     ``trained_tied``: PEFT's ensure_weight_tying. Takes what concerns a tied output matrix out of ``changes``.
     """
-    source = next((name for name in names if name.endswith(_INPUTS)), None)
+    source = input_of(names)
     if task in HEAD_TASKS or source is None or not _tied(base, names):
         return {}, {}
-    to_input, to_output = changes.get(source), changes.get(_OUTPUT)
+    to_input, to_output = changes.get(source), changes.get(OUTPUT)
     if to_input is None and to_output is None:
         return {}, {}
     if _stays_tied(to_input, to_output, trained_tied):
-        changes.pop(_OUTPUT, None)
+        changes.pop(OUTPUT, None)
         return {}, {}
     if trained_tied:
         raise UserError("ensure_weight_tying with LoRA on both embeddings cannot be merged; give them modules_to_save")
     settings = {"tie_word_embeddings": False}
-    if _OUTPUT in names:  # the file has a copy of its own
+    if OUTPUT in names:  # the file has a copy of its own
         return {}, settings
     weight = _read(base[names[source]])
-    change = changes.pop(_OUTPUT, None)
-    return {_OUTPUT: weight if change is None else change.apply(weight.float())}, settings
+    change = changes.pop(OUTPUT, None)
+    return {OUTPUT: weight if change is None else change.apply(weight.float())}, settings
+
+
+def input_of(names: Iterable[str]) -> str | None:
+    """The name of the input embeddings."""
+    return next((name for name in names if name.endswith(_INPUTS)), None)
 
 
 def _tied(base: Mapping[str, StoredTensor], names: Mapping[str, str]) -> bool:
     folder = next(iter(base.values())).file.parent
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("tie_word_embeddings", _OUTPUT not in names))
+    return bool(config.get("tie_word_embeddings", OUTPUT not in names))
 
 
 def _stays_tied(to_input: Change | None, to_output: Change | None, trained_tied: bool) -> bool:
