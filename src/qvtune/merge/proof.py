@@ -124,8 +124,6 @@ def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: boo
     )
     architecture: Any = getattr(transformers, f"AutoModel{kind}")
     with init_empty_weights(include_buffers=False):
-        skeleton = architecture.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-        )
+        skeleton = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     skeleton.tie_weights()  # undone by the context, which makes a parameter anew where it is set
     return LayeredModel(skeleton)
