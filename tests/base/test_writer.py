@@ -1,11 +1,12 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvtune.base.writer import TensorPlan, write_model
+from qvtune.base.writer import TensorPlan, checksum_of, index_of, plan_files, write_file
 
 TENSORS = {
     "odd.weight": torch.randn(3, 1).bfloat16(),
@@ -17,17 +18,37 @@ TENSORS = {
 PLANS = [TensorPlan(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
 
 
-def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
-    assert write_model(tmp_path, PLANS, TENSORS.__getitem__, 10**6) == ["model.safetensors"]
-    stored = load_file(tmp_path / "model.safetensors")
+def pieces(name: str) -> Iterator[torch.Tensor]:
+    yield from TENSORS[name].flatten().split(2)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_safetensors_reads_what_was_written(tmp_path: Path, num_threads: int) -> None:
+    file = tmp_path / "model.safetensors"
+    written = write_file(file, PLANS, pieces, num_threads)
+    stored = load_file(file)
     assert stored.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert stored[name].dtype == tensor.dtype
         assert torch.equal(stored[name], tensor)
+    assert written.num_bytes == file.stat().st_size
+    assert checksum_of(file) == written
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_flipped_bit_is_another_checksum(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    written = write_file(file, PLANS, pieces)
+    content = bytearray(file.read_bytes())
+    for position in (0, len(content) // 2, len(content) - 1):
+        content[position] ^= 1
+        file.write_bytes(content)
+        assert checksum_of(file) != written
+        content[position] ^= 1
 
 
 def test_every_tensor_begins_at_a_multiple_of_its_element_size(tmp_path: Path) -> None:
-    write_model(tmp_path, PLANS, TENSORS.__getitem__, 10**6)
+    write_file(tmp_path / "model.safetensors", PLANS, pieces)
     content = (tmp_path / "model.safetensors").read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -37,20 +58,24 @@ def test_every_tensor_begins_at_a_multiple_of_its_element_size(tmp_path: Path) -
         assert entry["data_offsets"][0] % TENSORS[name].element_size() == 0, name
 
 
-def test_shards_stay_below_their_size_and_a_larger_tensor_stands_alone(tmp_path: Path) -> None:
-    names = write_model(tmp_path, PLANS, TENSORS.__getitem__, 20)
-    assert names == [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
-    assert [list(load_file(tmp_path / name)) for name in names] == [
+def test_shards_stay_below_their_size_and_a_larger_tensor_stands_alone() -> None:
+    assert list(plan_files(PLANS, 10**6)) == ["model.safetensors"]
+    files = plan_files(PLANS, 20)
+    names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    assert list(files) == names
+    assert [[plan.name for plan in shard] for shard in files.values()] == [
         ["odd.weight"],
         ["wide.weight"],  # 140 bytes
-        ["scalar", "bias"],
+        ["bias", "scalar"],
         ["norm"],
     ]
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index = index_of(files)
     assert index["weight_map"]["bias"] == names[2]
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in TENSORS.values())}
 
 
-def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [torch.ones(5), torch.ones(4).half(), torch.ones(2, 2)])
+def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path, wrong: torch.Tensor) -> None:
     with pytest.raises(AssertionError, match="norm"):
-        write_model(tmp_path, PLANS, (TENSORS | {"norm": torch.ones(5)}).__getitem__, 10**6)
+        write_file(tmp_path / "model.safetensors", PLANS[-1:], lambda name: [wrong])
+    assert not (tmp_path / "model.safetensors").exists()

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qvtune.base.loader import fill, open_base, peak_rss_bytes
+from qvtune.base.loader import fill, open_base
 from qvtune.base.shard import ZeroPartition
 from qvtune.base.source import open_weights
 from qvtune.cluster import distributed
 from qvtune.config.schema import ModelSection
+from qvtune.memory import peak_rss_bytes
 from tests.base.one_of_many import resident_bytes_now
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}

@@ -22,12 +22,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from qvtune.base.fingerprint import content_of
-from qvtune.base.loader import peak_rss_bytes
 from qvtune.base.nf4 import NF4Linear
 from qvtune.cluster import distributed
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import collate
 from qvtune.errors import StopRequested, UserError
+from qvtune.memory import peak_rss_bytes
 from qvtune.train import loop
 from qvtune.train import prepare as train_prepare
 from qvtune.train.prepare import prepare

@@ -251,12 +251,10 @@ def test_all_faults_of_an_adapter_are_named_at_once(make_run: MakeRun, llama_fol
         put("base_model.model.more.lora_A.default.weight", torch.ones(4, 4))(state)
 
     with pytest.raises(UserError) as caught:
-        convert(
-            make_run(llama_folder, edit=edit, edit_config=lambda config: setattr(config, "use_dora", True)),
-            tmp_path / "merged",
-        )
-    assert len(caught.value.problems) == 5  # four, and what to do
-    assert "use_dora is True" in caught.value.problems[0]
+        convert(make_run(llama_folder, edit=edit), tmp_path / "merged")
+    assert len(caught.value.problems) == 4  # three, and what to do
+    text = str(caught.value)
+    assert "v_proj.lora_A.weight is empty, [4, 0]: ZeRO-3" in text
 
 
 def test_the_wrong_base_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
@@ -308,9 +306,8 @@ def test_a_damaged_checkpoint_is_refused(make_run: MakeRun, llama_folder: Path, 
         convert(run, tmp_path / "merged")
 
 
-def half_the_update(self: adapter.LoraAdapter, name: str) -> torch.Tensor:
-    factor_a, factor_b = self.factors[name]
-    return 0.5 * self.scaling * (factor_b @ factor_a).float()
+def half_the_update(self: adapter.LowRank, weight: torch.Tensor) -> torch.Tensor:
+    return weight + 0.5 * self.scaling * (self.factor_b @ self.factor_a).float()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -319,7 +316,7 @@ def test_a_wrong_merge_fails_the_proof_and_leaves_nothing(
 ) -> None:
     run = make_run(llama_folder)
     convert(run, tmp_path / "right", dtype=dtype)  # type: ignore[arg-type]
-    monkeypatch.setattr(adapter.LoraAdapter, "update", half_the_update)
+    monkeypatch.setattr(adapter.LowRank, "apply", half_the_update)
     with pytest.raises(ProofError):
         convert(run, tmp_path / "merged", dtype=dtype)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("*merged*"))
@@ -355,7 +352,7 @@ def test_exit_codes(
     assert capsys.readouterr().err.count("error: ") == 2
     assert exit_code(tmp_path / "nowhere", "--output", tmp_path / "new") == 2
     assert "no checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(adapter.LoraAdapter, "update", half_the_update)
+    monkeypatch.setattr(adapter.LowRank, "apply", half_the_update)
     assert exit_code(run, "--output", tmp_path / "wrong") == 1
     assert "was not written" in capsys.readouterr().err
     assert not list(tmp_path.glob("*wrong*"))
@@ -366,7 +363,8 @@ def test_the_command_runs_as_one_process_without_deepspeed(
 ) -> None:
     # A module of this name that cannot be imported stands in front of the real one.
     (tmp_path / "deepspeed.py").write_text("raise AssertionError('deepspeed was imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(CONVERT), str(make_run(llama_folder)), "--output", str(tmp_path / "merged")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

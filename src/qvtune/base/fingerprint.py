@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qvtune.base.checksum import add_checksums
-from qvtune.base.nf4 import Gather
 from qvtune.base.source import BaseWeights
 from qvtune.errors import UserError
+
+if TYPE_CHECKING:  # its kernels take seconds to import, and merging often does without them
+    from qvtune.base.nf4 import Gather
 
 Fingerprint = dict[str, str]  # tensor name -> "bfloat16[576, 192] 0123456789abcdef"
 MANIFEST = "nf4_manifest.json"  # of a folder made by launch/quantize.py
@@ -16,7 +19,7 @@ _SHOWN = 10
 _HALF = 2**32
 
 
-def content_of(weights: BaseWeights, gather: Gather, device: torch.device) -> Fingerprint:
+def content_of(weights: BaseWeights, gather: "Gather", device: torch.device) -> Fingerprint:
     """The fingerprint of all that the ranks have read together; collective.
 
     Raises UserError, on all ranks, naming every tensor with values that are not finite.

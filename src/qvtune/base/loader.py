@@ -3,9 +3,6 @@
 The order is that of the skeleton's parameters on all ranks, since quantizing gathers block statistics.
 """
 
-import ctypes
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +21,7 @@ from qvtune.base.shard import Placement, Whole, resident_bytes
 from qvtune.base.source import BaseWeights, StoredTensor, open_weights
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
+from qvtune.memory import peak_rss_bytes, return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def fill(
             between_modules()
         if isinstance(module, NF4Linear):
             _fill_quantized(path, module, base, placement, gather)
-            _return_freed_memory()
+            return_freed_memory()
         for name, empty in list(module.named_parameters(recurse=False)):
             if empty.device.type == "meta":
                 if empty not in filled:
@@ -240,23 +238,3 @@ def _load_plain(
     if padding := placement.shard.numel(total) - len(piece):
         piece = nn.functional.pad(piece, (0, padding))
     return placement.parameter(tuple(empty.shape), piece)
-
-
-def _return_freed_memory() -> None:
-    """Give back what temporaries have left between the pieces that stay; glibc alone keeps it.
-
-    At 1,024 ranks the statistics of one matrix are larger than all that the rank keeps of it. Without this the holes
-    add up to several times the shard, which tests/base/test_scale.py notices.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such call
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the process that has started this one, up to the moment of the exec
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM:"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -9,7 +9,7 @@ only if their dtype is the same. Bits are never converted.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ from qvtune.base.shard import Placement, Shard
 BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # absmax values that share a scale
 BLOCK_BYTES = BLOCK // 2
+_CHUNK = 2**20  # weights quantized at a time; whole matrices leave the cache and take a quarter longer on a CPU
 
 ReadFlat = Callable[[int, int], torch.Tensor]  # [start, end) of the flattened matrix -> 1-D tensor, any float dtype
 Gather = Callable[[torch.Tensor], list[torch.Tensor]]  # equal-sized 1-D tensors, one from each rank, in rank order
@@ -84,9 +85,7 @@ def quantize_shard(
     start, end = layout.byte_span("weight", shard)
     first_block, last_block = start // BLOCK_BYTES, math.ceil(end / BLOCK_BYTES)
     if start < end:
-        weights = read_flat(first_block * BLOCK, min(last_block * BLOCK, layout.num_weights)).to(device).float()
-        packed, state = bnb.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
-        codes, absmax = packed.view(-1), state.absmax
+        codes, absmax = _quantize(read_flat, first_block * BLOCK, min(last_block * BLOCK, layout.num_weights), device)
     else:  # more ranks than this matrix has elements
         codes, absmax = torch.empty(0, dtype=torch.uint8), torch.empty(0, device=device)
     absmax = _gather_absmax(absmax[_owned(start) - first_block :], layout, shard, gather)
@@ -106,6 +105,17 @@ def quantize_shard(
         contents["absmax"] = absmax.view(torch.uint8)[start:end]
     numel = {name: shard.numel(total) for name, total in layout.piece_numel().items()}
     return {name: as_storage(piece, layout.storage, numel[name]) for name, piece in contents.items()}, offset
+
+
+def _quantize(read_flat: ReadFlat, start: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and fp32 absmax of ``[start, end)``, of which only ``_CHUNK`` weights are in memory at a time."""
+    parts = []
+    for first in range(start, end, _CHUNK):
+        weights = read_flat(first, min(first + _CHUNK, end)).to(device).float()
+        packed, state = bnb.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
+        parts.append((packed.view(-1), state.absmax))
+    codes, absmax = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(absmax)
 
 
 def first_own_weight(layout: Layout, shard: Shard) -> int:
@@ -167,6 +177,39 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return bnb.get_4bit_type("nf4", device=device), bnb.create_dynamic_map().to(device)
 
 
+def _quant_state(
+    pieces: Mapping[str, torch.Tensor],
+    offset: torch.Tensor,
+    layout: Layout,
+    start: int,
+    end: int,
+    shape: tuple[int, int],
+) -> tuple[torch.Tensor, bnb.QuantState]:
+    """Codes and statistics of weights ``[start, end)``, views; ``start`` is that of a nested block."""
+    content = {name: pieces[name].view(torch.uint8)[:size] for name, size in layout.piece_bytes().items()}
+    nf4_values, nested_values = _tables(content["weight"].device)
+    blocks = slice(start // BLOCK, math.ceil(end / BLOCK))
+    state: dict[str, Any] = {"shape": torch.Size(shape), "dtype": layout.storage, "code": nf4_values}
+    if layout.double_quant:
+        scales = content["nested_absmax"].view(torch.float32)[start // BLOCK // NESTED_BLOCK :]
+        nested = bnb.QuantState(absmax=scales, code=nested_values, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state |= {"absmax": content["absmax"][blocks], "offset": offset, "state2": nested}
+    else:
+        state |= {"absmax": content["absmax"].view(torch.float32)[blocks]}
+    codes = content["weight"][start // 2 : math.ceil(end / 2)]
+    return codes.view(-1, 1), bnb.QuantState(blocksize=BLOCK, quant_type="nf4", **state)
+
+
+def dequantize_range(
+    pieces: Mapping[str, torch.Tensor], offset: torch.Tensor, layout: Layout, start: int, end: int
+) -> torch.Tensor:
+    """Weights ``[start, end)`` of the flattened matrix (1-D, ``layout.storage``), bit-equal to cutting the whole."""
+    unit = BLOCK * NESTED_BLOCK
+    first, last = start // unit * unit, min(math.ceil(end / unit) * unit, layout.num_weights)
+    codes, state = _quant_state(pieces, offset, layout, first, last, (1, last - first))
+    return bnb.dequantize_4bit(codes, quant_state=state).view(-1)[start - first : end - first]
+
+
 class NF4Linear(nn.Linear):
     """``y = x W^T + b`` with a frozen 4-bit W, dequantized for each use and never kept.
 
@@ -187,22 +230,9 @@ class NF4Linear(nn.Linear):
 
     def quant_state(self) -> tuple[torch.Tensor, bnb.QuantState]:
         """Packed codes (uint8) and statistics, as bitsandbytes wants them; views of the gathered parameters."""
-        pieces = {
-            name: getattr(self, name).data.view(torch.uint8)[:size] for name, size in self.layout.piece_bytes().items()
-        }
-        nf4_values, nested_values = _tables(pieces["weight"].device)
-        state: dict[str, Any] = {
-            "shape": torch.Size(self.layout.shape),
-            "dtype": self.layout.storage,
-            "code": nf4_values,
-        }
-        if self.layout.double_quant:
-            scales = pieces["nested_absmax"].view(torch.float32)
-            nested = bnb.QuantState(absmax=scales, code=nested_values, blocksize=NESTED_BLOCK, dtype=torch.float32)
-            state |= {"absmax": pieces["absmax"], "offset": self.offset, "state2": nested}
-        else:
-            state |= {"absmax": pieces["absmax"].view(torch.float32)}
-        return pieces["weight"].view(-1, 1), bnb.QuantState(blocksize=BLOCK, quant_type="nf4", **state)
+        pieces = {name: getattr(self, name).data for name in self.layout.piece_bytes()}
+        assert isinstance(self.offset, torch.Tensor)
+        return _quant_state(pieces, self.offset, self.layout, 0, self.layout.num_weights, self.layout.shape)
 
     def dequantize(self) -> torch.Tensor:
         """W, [out_features, in_features], in the compute dtype."""

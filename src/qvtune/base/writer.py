@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor: no more than one of them is in memory at a time.
+"""Writing safetensors files piece by piece, several tensors at a time.
 
 ``safetensors.torch.save_file`` wants all tensors of a file at once. Format: https://huggingface.co/docs/safetensors.
 """
@@ -6,13 +6,22 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from qvtune.base.checksum import add_checksums, partial_checksum
+from qvtune.base.source import ALL_DTYPES
+
+INDEX = "model.safetensors.index.json"
+_DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
+
+# Name -> the tensor's elements in order, in 1-D pieces of the planned dtype.
+Pieces = Callable[[str], Iterable[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,29 +38,22 @@ class TensorPlan:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_model(
-    folder: Path, plans: Sequence[TensorPlan], tensor: Callable[[str], torch.Tensor], max_shard_bytes: int
-) -> list[str]:
-    """Write ``model.safetensors``, or several files and their index, as transformers names them. Returns the names.
+FilePlans = Mapping[str, Sequence[TensorPlan]]
 
-    ``tensor(name)`` is called once for each plan, file after file, and must give what is planned. A tensor larger than
-    ``max_shard_bytes`` gets a file of its own.
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What a file was when it was written; ``checksum`` is that of ``qvtune.base.checksum`` over all its bytes."""
+
+    num_bytes: int
+    checksum: int
+
+
+def plan_files(plans: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str, list[TensorPlan]]:
+    """File name -> tensors, in the given order and with the names that transformers gives.
+
+    A tensor larger than ``max_shard_bytes`` gets a file of its own.
     """
-    shards = _shards(plans, max_shard_bytes)
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        weight_map = {plan.name: name for name, shard in zip(names, shards, strict=True) for plan in shard}
-        total_bytes = sum(plan.num_bytes for plan in plans)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, tensor)
-    return names
-
-
-def _shards(plans: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
     shards: list[list[TensorPlan]] = [[]]
     size = 0
     for plan in plans:
@@ -60,25 +62,86 @@ def _shards(plans: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[Tens
             size = 0
         shards[-1].append(plan)
         size += plan.num_bytes
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)
+    }
 
 
-def _write_file(path: Path, plans: Sequence[TensorPlan], tensor: Callable[[str], torch.Tensor]) -> None:
+def index_of(files: FilePlans) -> dict[str, Any]:
+    """The content of ``INDEX``, which a model of several files needs."""
+    total_bytes = sum(plan.num_bytes for shard in files.values() for plan in shard)
+    weight_map = {plan.name: name for name, shard in files.items() for plan in shard}
+    return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+
+
+def write_file(path: Path, plans: Sequence[TensorPlan], pieces: Pieces, num_threads: int = 1) -> WrittenFile:
+    """Write one file, which appears by a rename when all of it is on the disk; the bytes do not depend on the threads.
+
+    ``pieces(name)`` is called once for each plan, in one of ``num_threads`` threads. An exception from it, or from a
+    disk that is full, is raised here, with the file as it is left under ``.NAME``.
+    """
+    header, offsets = _layout(plans)
+    total = len(header) + sum(plan.num_bytes for plan in plans)
+    hidden = path.with_name(f".{path.name}")
+    with hidden.open("wb") as file:
+        descriptor = file.fileno()
+        os.truncate(descriptor, total)
+        checksums = [_write_at(descriptor, torch.frombuffer(bytearray(header), dtype=torch.uint8), 0)]
+        largest_first = sorted(plans, key=lambda plan: -plan.num_bytes)  # so that the threads end together
+        with ThreadPoolExecutor(num_threads) as pool:
+            try:
+                checksums += pool.map(
+                    lambda plan: _write_tensor(descriptor, plan, pieces, offsets[plan.name]), largest_first
+                )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        os.fsync(descriptor)
+    os.replace(hidden, path)
+    return WrittenFile(total, add_checksums(checksums))
+
+
+def _layout(plans: Sequence[TensorPlan]) -> tuple[bytes, dict[str, int]]:
+    """The file's first bytes, and where each tensor begins."""
     # Wide dtypes first, so that each tensor begins at a multiple of its element size: readers map the file.
-    plans = sorted(plans, key=lambda plan: -plan.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for plan in plans:
-        start, end = end, end + plan.num_bytes
-        entry = {"dtype": _DTYPE_NAMES[plan.dtype], "shape": plan.shape, "data_offsets": [start, end]}
-        header[plan.name] = entry
+    starts, end = {}, 0
+    for plan in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
+        starts[plan.name], end = end, end + plan.num_bytes
+        span = [starts[plan.name], end]
+        header[plan.name] = {"dtype": _DTYPE_NAMES[plan.dtype], "shape": plan.shape, "data_offsets": span}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("xb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for plan in plans:
-            value = tensor(plan.name)
-            assert value.dtype == plan.dtype and value.shape == plan.shape, (plan, value.dtype, value.shape)
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    before = 8 + len(encoded)
+    return len(encoded).to_bytes(8, "little") + encoded, {name: before + start for name, start in starts.items()}
+
+
+def _write_tensor(descriptor: int, plan: TensorPlan, pieces: Pieces, start: int) -> int:
+    position, checksums = start, []
+    for piece in pieces(plan.name):
+        assert piece.dtype == plan.dtype and piece.dim() == 1, (plan, piece.dtype, piece.shape)
+        data = piece.contiguous().view(torch.uint8)
+        checksums.append(_write_at(descriptor, data, position))
+        position += len(data)
+    assert position - start == plan.num_bytes, (plan, position - start)
+    return add_checksums(checksums)
+
+
+def _write_at(descriptor: int, data: torch.Tensor, position: int) -> int:
+    """Write bytes (uint8, 1-D) and return what they add to the file's checksum."""
+    buffer, written = data.numpy().data, 0
+    while written < len(buffer):
+        written += os.pwrite(descriptor, buffer[written:], position + written)
+    return partial_checksum(data, position)
+
+
+def checksum_of(path: Path) -> WrittenFile:
+    """What ``write_file`` has returned, if the file is still the same."""
+    checksums, position = [], 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(2**23):
+            checksums.append(partial_checksum(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), position))
+            position += len(chunk)
+    return WrittenFile(position, add_checksums(checksums))

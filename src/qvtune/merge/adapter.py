@@ -1,127 +1,101 @@
-"""The adapter of a checkpoint, checked against the base it is to be merged into."""
+"""What an adapter makes of each tensor of its base."""
 
-import json
-import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
-from qvtune.base.source import StoredTensor
-from qvtune.errors import UserError
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-# Whatever of PEFT's LoRA makes the update something else than scaling * B A of each target module.
-_OTHER_FORMULAS = (
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "layers_to_transform",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-)
+class Change(Protocol):
+    """What becomes of one tensor of the base."""
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """From fp32 in the base tensor's shape to fp32 in the same shape; ``weight`` itself is left alone."""
+        ...
 
 
 @dataclass(frozen=True)
-class LoraAdapter:
-    """LoRA factors A [rank, in] and B [out, rank] by the name of the base tensor that they change.
+class LowRank:
+    """``W + scaling * B A`` (LoRA, arXiv 2106.09685) with A [rank, in], B [out, rank]; with a ``magnitude`` m [out]
+    ``m * (W + scaling * B A) / ||W + scaling * B A||``, norms by output (DoRA, arXiv 2402.09353).
 
-    ``dtype`` is theirs, which is the compute dtype of training.
+    ``transposed``: the base stores [in, out], as GPT-2's Conv1D (PEFT's fan_in_fan_out) and embeddings do.
     """
 
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    factor_a: Tensor
+    factor_b: Tensor
     scaling: float
-    dtype: torch.dtype
+    transposed: bool = False
+    magnitude: Tensor | None = None
 
-    def update(self, name: str) -> torch.Tensor:
-        """``scaling * B A``, fp32 [out, in] (LoRA, arXiv 2106.09685)."""
-        factor_a, factor_b = self.factors[name]
-        return (factor_b.float() @ factor_a.float()) * self.scaling
+    def apply(self, weight: Tensor) -> Tensor:
+        """As ``Change``."""
+        update = (self.factor_b.float() @ self.factor_a.float()) * self.scaling
+        adapted = weight + (update.T if self.transposed else update)
+        if self.magnitude is None:
+            return adapted
+        across_inputs = 0 if self.transposed else 1
+        norm: Tensor = torch.linalg.vector_norm(adapted, dim=across_inputs, keepdim=True)
+        return adapted * (self.magnitude.float().view(norm.shape) / norm)
 
 
-def trained_dtype(folder: Path) -> torch.dtype:
-    """The dtype of an adapter's factors: training's compute dtype."""
-    factors = load_file(folder / "adapter_model.safetensors")
-    return next((tensor.dtype for tensor in factors.values()), torch.float32)
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor that was trained itself: ``modules_to_save``, biases, full-parameter checkpoints."""
+
+    tensor: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """As ``Change``."""
+        assert self.tensor.shape == weight.shape, (self.tensor.shape, weight.shape)
+        return self.tensor.float()
 
 
-def read_adapter(folder: Path, base: Mapping[str, StoredTensor]) -> LoraAdapter:
-    """The adapter of a checkpoint or PEFT folder, which fits ``base`` in every name and shape.
+@dataclass(frozen=True)
+class RowsReplaced:
+    """Single tokens of an embedding that were trained: ``rows`` [len(indices), width]."""
 
-    Raises UserError with all that is wrong: factors that are missing, unknown, mis-shaped, empty or not finite, and
-    kinds of adapter whose update is not ``scaling * B A``.
+    indices: tuple[int, ...]
+    rows: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """As ``Change``."""
+        return weight.index_copy(0, torch.tensor(self.indices, dtype=torch.long), self.rows.float())
+
+
+@dataclass(frozen=True)
+class Both:
+    """One change after the other."""
+
+    first: Change
+    second: Change
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """As ``Change``."""
+        return self.second.apply(self.first.apply(weight))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All that is to be done to a base.
+
+    ``changes`` go by the name of the base's tensor. ``added`` are tensors that it does not have (a classification
+    head, an output matrix that is no longer tied), written in the merged dtype; ``dropped`` are tensors that the
+    adapted model does not have (the head of another task); ``config`` is what to change in config.json. ``dtype`` is
+    that of the factors; ``peft_config`` is the content of adapter_config.json where there is one.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    path = folder / "adapter_model.safetensors"
-    stored = load_file(path)
-    expected = _expected_shapes(config, base)
-    problems = _config_problems(folder / "adapter_config.json", config)
-    problems += [f"{path}: {problem}" for problem in _tensor_problems(stored, expected)]
-    if problems:
-        raise UserError([*problems, "the adapter and the base (model.name_or_path of the run) must belong together"])
-    factors = {
-        name: (stored[_key(name, "A")], stored[_key(name, "B")])
-        for name in (_base_name(key) for key in expected if key.endswith(".lora_A.weight"))
-    }
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
-    return LoraAdapter(factors, scaling, next(iter(stored.values())).dtype)
 
+    changes: Mapping[str, Change]
+    dtype: torch.dtype
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    peft_config: Mapping[str, Any] | None = None
 
-def _config_problems(path: Path, config: dict[str, Any]) -> list[str]:
-    problems = [f"{path}: {key} is {config[key]!r}: cannot be merged" for key in _OTHER_FORMULAS if config.get(key)]
-    if config["peft_type"] != "LORA":
-        problems.append(f"{path}: peft_type is {config['peft_type']!r}; can be merged: LORA")
-    if config["bias"] != "none":
-        problems.append(f"{path}: bias is {config['bias']!r}; can be merged: none")
-    return problems
-
-
-def _expected_shapes(config: dict[str, Any], base: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
-    """Key and shape of every factor that the configuration promises for the base's matrices."""
-    shapes = {}
-    for name, tensor in base.items():
-        if name.endswith(".weight") and name.split(".")[-2] in config["target_modules"]:
-            num_out, num_in = tensor.shape
-            shapes[_key(name, "A")] = (config["r"], num_in)
-            shapes[_key(name, "B")] = (num_out, config["r"])
-    return shapes
-
-
-def _tensor_problems(stored: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    for key in sorted(expected.keys() - stored.keys()):
-        yield f"{key} {list(expected[key])} is missing"
-    for key, tensor in sorted(stored.items()):
-        if tensor.numel() == 0:
-            yield f"{key} is empty, {list(tensor.shape)}"
-        elif key not in expected:
-            what = "matches no target module of the base" if _KEY.fullmatch(key) else "is not a LoRA factor"
-            yield f"{key} {list(tensor.shape)} {what}"
-        elif tuple(tensor.shape) != expected[key]:
-            yield f"{key} has shape {list(tensor.shape)}, the base needs {list(expected[key])}"
-        elif not tensor.isfinite().all():
-            yield f"{key} holds values that are not finite"
-    if len(dtypes := Counter(tensor.dtype for tensor in stored.values())) > 1:
-        found = ", ".join(f"{count} x {dtype}" for dtype, count in dtypes.items())
-        yield f"holds several dtypes ({found}), expected one"
-
-
-def _key(base_name: str, factor: str) -> str:
-    return f"base_model.model.{base_name.removesuffix('.weight')}.lora_{factor}.weight"
-
-
-def _base_name(key: str) -> str:
-    match = _KEY.fullmatch(key)
-    assert match is not None, key
-    return f"{match['module']}.weight"
+    @property
+    def scaling(self) -> float | None:
+        """The scaling that all low-rank changes share; None where they differ or there are none."""
+        found = {change.scaling for change in self.changes.values() if isinstance(change, LowRank)}
+        return found.pop() if len(found) == 1 else None

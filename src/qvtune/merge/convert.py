@@ -1,63 +1,40 @@
 """From a checkpoint to one ordinary Hugging Face folder, which appears only when it has been proved."""
 
+import importlib.metadata
+import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from qvtune.base import prequantized
+import qvtune
 from qvtune.base.companions import copy_companions
-from qvtune.base.fingerprint import content_of
-from qvtune.base.loader import Base, open_base
-from qvtune.base.source import model_folder
-from qvtune.base.writer import write_model
-from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint.state import TrainerState, load_trainer_state, require_base
-from qvtune.config.schema import ModelSection
+from qvtune.data import IGNORE_INDEX
 from qvtune.errors import UserError
 from qvtune.files import write_json
-from qvtune.merge.adapter import LoraAdapter, read_adapter, trained_dtype
-from qvtune.merge.output import model_output, require_free, write_config
-from qvtune.merge.proof import (
-    EXACT,
-    ROUNDED,
-    Proof,
-    compare,
-    evaluation_rows,
-    fixed_prompts,
-    load_adapted,
-    load_merged,
-)
-from qvtune.merge.report import MergeReport, show
-from qvtune.merge.tensors import Merger
-from qvtune.paths import cache_dir
+from qvtune.memory import return_freed_memory
+from qvtune.merge.output import partial_output, require_free
+from qvtune.merge.source import open_source
+from qvtune.merge.task import BaseChoice, DtypeChoice, Task, open_task
+from qvtune.merge.write import Written, made_from, write_config, write_weights
 from qvtune.report.console import console
 
-BaseChoice = Literal["dequantized", "original"]
-DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+if TYPE_CHECKING:  # imported where they are used: they bring transformers, which the merge itself does without
+    from qvtune.merge.layers import LayeredModel
+    from qvtune.merge.proof import Result
+    from qvtune.merge.report import MergeReport
+
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_VERSIONS = ("bitsandbytes", "peft", "safetensors", "torch", "transformers")
 
 
 class ProofError(UserError):
     """The merged model does not compute what base and adapter compute."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A merge that can be done: ``model`` says what the base is loaded as, ``adapter`` fits it."""
-
-    checkpoint: Path
-    state: TrainerState
-    model: ModelSection
-    base: Path
-    opened: Base
-    adapter: LoraAdapter
-    dtype: torch.dtype
 
 
 def convert(
@@ -68,94 +45,114 @@ def convert(
     dtype: DtypeChoice = "auto",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     proof_rows: int | None = None,
-) -> MergeReport:
+    num_threads: int | None = None,
+    base: str | None = None,
+    allow_pickle: bool = False,
+) -> "MergeReport":
     """Merge the adapter of a checkpoint into its base; ``output`` then loads with ``AutoModelForCausalLM``.
 
-    ``source`` is a checkpoint folder or a run folder (its newest). ``base_weights``: what the adapter is added to, and
-    what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default where it was),
-    ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's. ``proof_rows``: rows of
-    the run's evaluation data that are compared as well (None: 8 where they can be found).
+    ``source`` is anything that ``open_source`` takes, with ``base`` and ``allow_pickle``. ``base_weights``: what the
+    adapter is added to, and what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default
+    where it was), ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's.
+    ``proof_rows``: rows of the run's evaluation data that are compared as well (None: 8 where they can be found).
+    ``num_threads`` None: as many as this process has cores; the bytes do not depend on it.
 
-    Raises UserError for what cannot be merged, ProofError where the proof fails; ``output`` does not appear then.
+    A start with the arguments of one that was cut off goes on where that one was. Raises UserError for what cannot be
+    merged, ProofError where the proof fails; ``output`` does not appear then.
     """
     started = time.monotonic()
-    _check_numbers(max_shard_bytes, proof_rows)
+    _check_numbers(max_shard_bytes, proof_rows, num_threads)
     require_free(output)
-    task = _open(source, base_weights, dtype)
-    merger = Merger(task.opened, task.adapter, task.dtype)
-    plans = merger.plan()
-    console().print(f"merging {task.checkpoint} into {task.base}: {len(plans)} tensors")
-    with model_output(output) as folder:
-        files = write_model(folder, plans, merger.tensor, max_shard_bytes)
-        prequantized.note_descriptions(task.opened.weights, task.opened.stored)
-        require_base(task.checkpoint, content_of(task.opened.weights, lambda own: [own], torch.device("cpu")))
-        copy_companions(task.base, folder)
-        write_config(task.base, folder, task.dtype)
-        report = MergeReport(
-            checkpoint=str(task.checkpoint),
-            step=task.state.step,
-            base=task.model.name_or_path,
-            base_weights="dequantized" if task.opened.quantized() else "original",
-            trained_on=task.state.trajectory["model"]["quantization"],
-            dtype=str(task.dtype).removeprefix("torch."),
-            scaling=task.adapter.scaling,
-            files=files,
-            bytes=sum(plan.num_bytes for plan in plans),
-            tensors=dict(Counter(merger.kind(plan.name) for plan in plans)),
-            updates=merger.updates,
-            proof=_prove(task, folder, proof_rows),
-            seconds=time.monotonic() - started,
-        )
-        show(report, output)
-        if not report.proof.passed:
-            raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
-        write_json(folder / "merge_report.json", asdict(report))
+    opened = open_source(source, base=base, allow_pickle=allow_pickle)
+    task = open_task(opened, base_weights, dtype, allow_pickle=allow_pickle)
+    layered = _architecture(task)
+    with partial_output(output, made_from(task, max_shard_bytes)) as partial:
+        console().print(f"merging {task.source.path} into {task.base.folder}: {len(task.base.tensors)} tensors")
+        written = write_weights(partial, task, max_shard_bytes, num_threads or len(os.sched_getaffinity(0)))
+        copy_companions(task.base.folder, partial.folder)
+        write_config(task, partial.folder)
+        return_freed_memory()
+        result = _prove(task, layered, partial.folder, proof_rows)
+        report = _report(task, written, result, time.monotonic() - started)
+        _finish(report, task, partial.folder, output)
     return report
 
 
-def _check_numbers(max_shard_bytes: int, proof_rows: int | None) -> None:
+def _check_numbers(max_shard_bytes: int, proof_rows: int | None, num_threads: int | None) -> None:
     problems = []
     if max_shard_bytes <= 0:
         problems.append(f"--max-shard-bytes: {max_shard_bytes}; must be greater than 0")
     if proof_rows is not None and proof_rows < 0:
         problems.append(f"--proof-rows: {proof_rows}; must be 0 (fixed prompts alone) or more")
+    if num_threads is not None and num_threads <= 0:
+        problems.append(f"--num-threads: {num_threads}; must be greater than 0")
     if problems:
         raise UserError(problems)
 
 
-def _open(source: Path, base_weights: BaseChoice | None, dtype: DtypeChoice) -> _Task:
-    """Find and check everything that is read. Raises UserError."""
-    checkpoint = checkpoint_folder.resolve(source)
-    checkpoint_folder.verify(checkpoint)
-    state = load_trainer_state(checkpoint)
-    model = _as_chosen(ModelSection(**state.trajectory["model"]), base_weights)
-    base = model_folder(model.name_or_path, cache_dir())
-    opened = open_base(base, model, trained_dtype(checkpoint), attention="sdpa")
-    adapter = read_adapter(checkpoint, opened.tensors())
-    merged_dtype = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    return _Task(checkpoint, state, model, base, opened, adapter, merged_dtype)
+def _architecture(task: Task) -> "LayeredModel":
+    """The model without weights. Raises UserError where it could not be proved, before anything is written."""
+    from qvtune.merge.proof import empty_model
+
+    layered = empty_model(task.base.folder, task.settings, task.model.trust_remote_code)
+    layered.require_names(task.base.tensors.keys() | task.adapter.added.keys(), str(task.base.folder))
+    return layered
 
 
-def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> ModelSection:
-    if base_weights == "dequantized" and trained_on.quantization == "none":
-        raise UserError(
-            "--base-weights dequantized: the run was trained on the original weights (model.quantization: none), there "
-            "are no others; leave the option out"
-        )
-    return trained_on.model_copy(update={"quantization": "none"}) if base_weights == "original" else trained_on
-
-
-def _prove(task: _Task, folder: Path, num_rows: int | None) -> Proof:
+def _prove(task: Task, layered: "LayeredModel", folder: Path, num_rows: int | None) -> "Result":
     from transformers import AutoTokenizer
 
+    from qvtune.merge.proof import EXACT, ROUNDED, prove
+    from qvtune.merge.sides import sides_of
+    from qvtune.merge.texts import Text, evaluation_rows, fixed_prompts
+
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=task.model.trust_remote_code)
-    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, task.checkpoint, num_rows)
-    adapted = load_adapted(task.base, task.model, task.checkpoint, task.adapter.dtype)
-    return compare(adapted, load_merged(folder, task.model), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
+    run = task.source.path if task.source.state is not None else None
+    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
+    if task.is_classifier:  # one position of logits a text: those of the classes
+        texts = [Text(text.ids, [IGNORE_INDEX]) for text in texts]
+    return prove(layered, sides_of(task, folder), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
 
 
-def _keeps_all_bits(task: _Task) -> bool:
+def _keeps_all_bits(task: Task) -> bool:
     """Whether neither the merge nor training has rounded any weight to 16 bits."""
     trained = task.adapter.dtype
-    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.opened.weights.values())
+    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.base.weights.values())
     return as_stored and task.dtype == torch.float32
+
+
+def _report(task: Task, written: Written, result: "Result", seconds: float) -> "MergeReport":
+    from qvtune.merge.report import MergeReport, rounding_warnings
+
+    dtype = str(task.dtype).removeprefix("torch.")
+    return MergeReport(
+        checkpoint=str(task.source.path),
+        step=task.source.step,
+        base=task.model.name_or_path,
+        base_weights=task.base_weights,
+        trained_on=task.source.model.quantization,
+        dtype=dtype,
+        scaling=task.adapter.scaling,
+        files=written.files,
+        bytes=written.num_bytes,
+        tensors=dict(Counter(written.kinds.values())),
+        updates=written.updates,
+        proof=result.proof,
+        from_training=result.from_training,
+        losses=result.losses,
+        warnings=rounding_warnings(written.updates, dtype),
+        versions={"qvtune": qvtune.__version__} | {name: importlib.metadata.version(name) for name in _VERSIONS},
+        seconds=seconds,
+    )
+
+
+def _finish(report: "MergeReport", task: Task, folder: Path, output: Path) -> None:
+    """Show the report; write it and the model card, or raise ProofError."""
+    from qvtune.merge.card import model_card
+    from qvtune.merge.report import show
+
+    show(report, output)
+    if not report.proof.passed:
+        raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
+    write_json(folder / "merge_report.json", asdict(report))
+    (folder / "README.md").write_text(model_card(report, task, output.name), encoding="utf-8")

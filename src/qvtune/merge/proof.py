@@ -1,41 +1,23 @@
 """Proof that a merged folder computes what base and adapter compute: the logits of both on the same texts.
 
-Neither side uses the code of the merge: the adapted model comes from training's loader and from PEFT, the merged one
-from transformers. Each has the weights of its own dtype, but both compute in float32: with bfloat16 arithmetic even a
-model and its float32 twin agree on 97 % of the first choices only (SmolLM2-135M), which would hide a wrong merge.
-
-Shape suffixes: T positions, V vocabulary.
+The adapted side evaluates the adapter beside the base's weights, as PEFT does, with none of the merge's code; the
+merged side reads what was written. Each has the weights of its own dtype, but all compute in float32: with bfloat16
+arithmetic even a model and its float32 twin agree on 97 % of the first choices only (SmolLM2-135M), which would hide a
+wrong merge. One layer of one side is in memory at a time, so a proof runs wherever a merge does.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from qvtune.base.loader import load_whole
-from qvtune.base.nf4 import NF4Linear
-from qvtune.config.load import load_config
-from qvtune.config.schema import DataSection, ModelSection
-from qvtune.data.dataset import build_token_rows
-from qvtune.data.demo import demo_files
 from qvtune.errors import UserError
-from qvtune.paths import cache_dir
-
-PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
-    "Übersetze ins Englische: Der schnelle braune Fuchs springt über den faulen Hund.",
-    "17 * 23 = 391, so 391 / 17 = 23. What is 24 * 24 - 1?",
-    '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"]} Describe this person in one sentence.',
-    "Once upon a time, in a village at the foot of a mountain, there lived an old clockmaker who never slept.",
-)
-_DEFAULT_ROWS = 8
-_CHUNK_POSITIONS = 64  # compared at a time: bounds the fp32 copies of their logits
+from qvtune.merge.compare import Difference, LogitSums, summary
+from qvtune.merge.layers import LayeredModel
+from qvtune.merge.sides import Sides
+from qvtune.merge.texts import Text
 
 
 @dataclass(frozen=True)
@@ -55,14 +37,9 @@ ROUNDED = Limits(top1_agreement=0.98, max_abs_difference=None, mean_kl=1e-3)
 
 
 @dataclass(frozen=True)
-class Proof:
-    """How far merged is from adapted, over all positions of all texts. Differences are of logits, KL is in nats."""
+class Proof(Difference):
+    """How far the merged model is from base + adapter, and how far it may be."""
 
-    positions: int
-    max_abs_difference: float
-    mean_abs_difference: float
-    mean_kl: float
-    top1_agreement: float
     limits: Limits
 
     @property
@@ -76,101 +53,77 @@ class Proof:
         )
 
 
-def load_adapted(base: Path, model: ModelSection, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
-    """Base and adapter with the weights that training in ``dtype`` has, computing in float32."""
-    from peft import PeftModel
+@dataclass(frozen=True)
+class Losses:
+    """On the evaluation rows of the proof, nats per label token: base alone, with adapter as trained, merged."""
 
-    adapted: nn.Module = PeftModel.from_pretrained(load_whole(base, model, dtype), checkpoint, torch_device="cpu")
-    for name, module in list(adapted.named_modules()):
-        if isinstance(module, NF4Linear):  # its bits must not be converted
-            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            plain.weight, plain.bias = nn.Parameter(module.dequantize(), requires_grad=False), module.bias
-            adapted.set_submodule(name, plain)
-    return adapted.float().eval()
+    label_tokens: int
+    before: float
+    adapted: float
+    merged: float
 
 
-def load_merged(folder: Path, model: ModelSection) -> nn.Module:
-    """The merged folder as anyone loads it, its weights in its own dtype, computing in float32."""
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class Result:
+    """``proof`` decides; ``from_training`` says how far this merge, and one with the other choice, is from what was
+    trained (empty where there is no choice); ``losses`` are there where the texts have labels."""
 
-    merged: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
-    )
-    return merged.float().eval()
-
-
-@torch.no_grad()
-def compare(adapted: nn.Module, merged: nn.Module, texts: Iterable[list[int]], limits: Limits) -> Proof:
-    """Run both models on every text, given as token ids. Logits that are not finite do not pass."""
-    measured = [
-        _measure(*chunks) for ids in texts for chunks in zip(_logits(adapted, ids), _logits(merged, ids), strict=True)
-    ]
-    largest, difference, kl, agrees = torch.cat(measured, dim=1).double()
-    return Proof(
-        positions=len(agrees),
-        max_abs_difference=float(largest.max()),
-        mean_abs_difference=float(difference.mean()),
-        mean_kl=float(kl.mean()),
-        top1_agreement=float(agrees.mean()),
-        limits=limits,
-    )
+    proof: Proof
+    from_training: dict[str, Difference]
+    losses: Losses | None
 
 
-def _logits(model: nn.Module, ids: list[int]) -> Sequence[torch.Tensor]:
-    logits_TV: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    return torch.split(logits_TV, _CHUNK_POSITIONS)
+def prove(model: LayeredModel, sides: Sides, texts: Sequence[Text], limits: Limits) -> Result:
+    """Run all sides on all texts and compare them."""
+    present = {field.name: side for field in fields(sides) if (side := getattr(sides, field.name)) is not None}
+    if sides.reference is sides.adapted:
+        del present["reference"]
+    at = {name: index for index, name in enumerate(present)}
+    pairs = {"proof": (at.get("reference", at["adapted"]), at["merged"])}
+    if "other" in at:
+        pairs |= {"chosen": (at["adapted"], at["merged"]), "other": (at["adapted"], at["other"])}
+    sums = [LogitSums(len(at), torch.tensor(text.targets), list(pairs.values())) for text in texts]
+    for index, first, logits in model.logits(list(present.values()), [text.ids for text in texts]):
+        sums[index].add(first, logits)
+    found = summary(sums, {name: index for index, name in enumerate(pairs)})
+    proof = Proof(**asdict(found.pop("proof")), limits=limits)
+    return Result(proof, found, _losses(torch.cat([one.losses() for one in sums], dim=1), list(at)))
 
 
-def _measure(adapted_TV: torch.Tensor, merged_TV: torch.Tensor) -> torch.Tensor:
-    """For each position: largest and mean difference, KL(adapted || merged), whether the first choice is the same."""
-    adapted_TV, merged_TV = adapted_TV.float(), merged_TV.float()
-    difference_TV = (adapted_TV - merged_TV).abs()
-    log_p_TV, log_q_TV = adapted_TV.log_softmax(-1), merged_TV.log_softmax(-1)
-    kl_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1)
-    agrees_T = (adapted_TV.argmax(-1) == merged_TV.argmax(-1)).float()
-    return torch.stack([difference_TV.amax(-1), difference_TV.mean(-1), kl_T, agrees_T])
-
-
-def fixed_prompts(tokenizer: Any) -> list[list[int]]:
-    """Token ids of ``PROMPTS``, as a user's turn where the tokenizer has a chat template."""
-    if not tokenizer.chat_template:
-        return [tokenizer(text)["input_ids"] for text in PROMPTS]
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for text in PROMPTS
-    ]
-
-
-def evaluation_rows(tokenizer: Any, checkpoint: Path, num_rows: int | None) -> list[list[int]]:
-    """Token ids of the first documents that the run was evaluated on.
-
-    ``num_rows`` None: 8, or none where the checkpoint is no longer in its run folder or the data is gone.
-    Raises UserError where rows are asked for and cannot be had.
-    """
-    config_file = checkpoint.parents[1] / "config.yaml"
-    data = load_config(config_file).data if config_file.is_file() else None
-    file = _evaluation_file(data)
-    if data is None or file is None:
-        if num_rows:
-            raise UserError(
-                f"--proof-rows {num_rows}: needs {config_file} with a data.eval that is still there; leave the option "
-                "out to compare on the fixed prompts alone"
-            )
-        return []
-    rows = build_token_rows(file, "data.eval", data, tokenizer, cache_dir() / "tokens")
-    documents = (
-        document.tolist()
-        for row in map(rows.__getitem__, range(len(rows)))
-        for document in np.split(row.input_ids, np.cumsum(row.document_lengths)[:-1])
-    )
-    return list(islice(documents, _DEFAULT_ROWS if num_rows is None else num_rows))
-
-
-def _evaluation_file(data: DataSection | None) -> Path | None:
-    """``data.eval`` where it is set and there; relative to the current folder, as training reads it."""
-    if data is None or data.eval is None:
+def _losses(losses: torch.Tensor, order: Sequence[str]) -> Losses | None:
+    if not losses.shape[1]:
         return None
-    file = demo_files(cache_dir())[1] if data.eval == "demo" else Path(data.eval)
-    return file if file.is_file() else None
+    mean = dict(zip(order, losses.mean(dim=1).tolist(), strict=True))
+    return Losses(losses.shape[1], mean["before"], mean["adapted"], mean["merged"])
+
+
+def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) -> LayeredModel:
+    """The architecture of a folder's config.json with ``changes``, without weights.
+
+    Raises UserError where a proof cannot be computed for it.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    name = (config.architectures or ["ForCausalLM"])[0]
+    kind = next(
+        (
+            kind
+            for kind in ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+            if name.endswith(kind)
+        ),
+        "ForCausalLM",
+    )
+    architecture: Any = getattr(transformers, f"AutoModel{kind}")
+    with init_empty_weights(include_buffers=False):
+        skeleton = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    skeleton.tie_weights()  # undone by the context, which makes a parameter anew where it is set
+    return LayeredModel(skeleton)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from qvtune.base.loader import peak_rss_bytes
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.cluster import distributed
@@ -16,6 +15,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch, collate
 from qvtune.data.order import rows_of_step
 from qvtune.errors import StopRequested
+from qvtune.memory import peak_rss_bytes
 from qvtune.optim.schedule import multiplier
 from qvtune.report.console import StepDisplay
 from qvtune.report.metrics import MetricsLog

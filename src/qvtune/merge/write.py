@@ -1,0 +1,118 @@
+"""Writing the merged weights: file after file, several tensors at a time, nothing twice."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qvtune
+from qvtune.base import fingerprint
+from qvtune.base.checksum import partial_checksum
+from qvtune.base.writer import INDEX, index_of, plan_files, write_file
+from qvtune.files import write_json
+from qvtune.merge.output import PartialOutput
+from qvtune.merge.task import Task
+from qvtune.merge.tensors import MatrixUpdate, Merger
+from qvtune.report.console import console
+
+
+@dataclass(frozen=True)
+class Written:
+    """The weights as they lie in the folder; ``kinds``: what became of each tensor."""
+
+    files: list[str]
+    num_bytes: int
+    kinds: Mapping[str, str]
+    updates: list[MatrixUpdate]
+
+
+def made_from(task: Task, max_shard_bytes: int) -> dict[str, Any]:
+    """All that decides the bytes of the files, as JSON: a merge that was cut off goes on only where it is the same."""
+    return {
+        "qvtune": qvtune.__version__,
+        "adapter": [_identity(task.adapter.changes), _identity(task.adapter.added), str(task.adapter.dtype)],
+        "base": [
+            [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in sorted({tensor.file for tensor in task.base.weights.values()})
+        ],
+        "base_weights": [task.base_weights, task.model.double_quant],
+        "dtype": str(task.dtype),
+        "max_shard_bytes": max_shard_bytes,
+    }
+
+
+def _identity(value: Any) -> Any:
+    """Tensors by their checksum, whatever holds them by its parts."""
+    if isinstance(value, torch.Tensor):
+        content = value.detach().contiguous().flatten().view(torch.uint8)
+        return [str(value.dtype), *value.shape, f"{partial_checksum(content, 0):016x}"]
+    if isinstance(value, Mapping):
+        return {name: _identity(value[name]) for name in sorted(value)}
+    if is_dataclass(value):
+        return [type(value).__name__, *(_identity(getattr(value, field.name)) for field in fields(value))]
+    return repr(value)
+
+
+def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
+    """Write all files that an earlier start has not finished, and the index.
+
+    Raises UserError where the base is not the one of the checkpoint's fingerprint, holds NaN or infinite values, or a
+    value does not fit the dtype, DiskFullError where there is no room.
+    """
+    merger = Merger(task.base, task.adapter, task.dtype)
+    plans = merger.plan()
+    files = plan_files(plans, max_shard_bytes)
+    partial_output.require_room(files)
+    for notes in partial_output.notes():
+        task.base.weights.checksums.update(notes["base"])
+        merger.updates |= {entry["name"]: MatrixUpdate(**entry) for entry in notes["updates"]}
+
+    with _one_thread_each():  # all cores are busy with tensors of their own
+        for number, (file, shard) in enumerate(files.items(), start=1):
+            write = partial(write_file, plans=shard, pieces=merger.pieces, num_threads=num_threads)
+            partial_output.write(file, write, partial(_notes, task, merger, {plan.name for plan in shard}))
+            console().print(f"{number}/{len(files)} {file}")
+    _require_base(task)
+    if len(files) > 1:
+        write_json(partial_output.folder / INDEX, index_of(files))
+    kinds = {plan.name: merger.kind(plan.name) for plan in plans}
+    updates = [merger.updates[plan.name] for plan in plans if plan.name in merger.updates]
+    return Written(list(files), sum(plan.num_bytes for plan in plans), kinds, updates)
+
+
+def _notes(task: Task, merger: Merger, names: set[str]) -> dict[str, Any]:
+    """What the next start has to know of the tensors of a file that it will not read again."""
+    task.base.require_finite()
+    updates = [asdict(merger.updates[name]) for name in sorted(names & merger.updates.keys())]
+    return {"updates": updates, "base": dict(task.base.weights.checksums)}
+
+
+def _require_base(task: Task) -> None:
+    content, expected = task.base.content(), task.source.fingerprint
+    if expected is not None:
+        advice = f"{task.source.path} was trained on another base; give that one"
+        fingerprint.require_same(expected, content, "the base (model.name_or_path)", advice)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def write_config(task: Task, folder: Path) -> None:
+    """The base's config.json for the merged weights, which are to be computed with in ``task.dtype``."""
+    config = json.loads((task.base.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # what "dtype" was called before transformers 4.56
+    config.pop("quantization_config", None)
+    dtype = str(task.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**config, **task.settings, "dtype": dtype})
