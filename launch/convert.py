@@ -17,14 +17,18 @@ from qvtune.merge.convert import DEFAULT_SHARD_BYTES, BaseChoice, DtypeChoice, c
 def main() -> int:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="INPUT", help="a checkpoint folder, or a run folder (its newest)")
+    parser.add_argument(
+        "source", type=Path, metavar="INPUT", help="checkpoint, run folder, PEFT adapter or DeepSpeed ZeRO folder"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
     parser.add_argument(
         "--base-weights",
         choices=get_args(BaseChoice),
         help="dequantized = the values that training saw (default for NF4 runs); original = the base's own",
     )
-    parser.add_argument("--dtype", choices=get_args(DtypeChoice), default="auto", help="auto = training's")
+    parser.add_argument(
+        "--dtype", choices=get_args(DtypeChoice), default="auto", help="auto = training's, or the base's"
+    )
     parser.add_argument(
         "--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, metavar="N", help="of a file; %(default)s"
     )

@@ -251,12 +251,10 @@ def test_all_faults_of_an_adapter_are_named_at_once(make_run: MakeRun, llama_fol
         put("base_model.model.more.lora_A.default.weight", torch.ones(4, 4))(state)
 
     with pytest.raises(UserError) as caught:
-        convert(
-            make_run(llama_folder, edit=edit, edit_config=lambda config: setattr(config, "use_dora", True)),
-            tmp_path / "merged",
-        )
-    assert len(caught.value.problems) == 5  # four, and what to do
-    assert "use_dora is True" in caught.value.problems[0]
+        convert(make_run(llama_folder, edit=edit), tmp_path / "merged")
+    assert len(caught.value.problems) == 4  # three, and what to do
+    text = str(caught.value)
+    assert "v_proj.lora_A.weight is empty, [4, 0]: ZeRO-3" in text
 
 
 def test_the_wrong_base_is_refused(make_run: MakeRun, tmp_path: Path) -> None:

@@ -16,6 +16,15 @@ from qvtune.errors import UserError
 
 # https://huggingface.co/docs/safetensors: 8 bytes little-endian header size, a JSON header, the data.
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+# Whatever a folder's tensors may be where most are only copied: old position_ids, causal masks.
+ALL_DTYPES = _DTYPES | {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -130,11 +139,11 @@ def _all_finite(data: torch.Tensor) -> bool:
     return not len(data) or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(data))
 
 
-def open_weights(folder: Path, allow_pickle: bool = False) -> BaseWeights:
+def open_weights(folder: Path, allow_pickle: bool = False, *, any_dtype: bool = False) -> BaseWeights:
     """Read the headers of a folder's safetensors files, or with ``allow_pickle`` of its legacy ``.bin`` files.
 
     Raises UserError with everything that is wrong: no weights, pickle only, missing, truncated or unreadable files,
-    dtypes other than fp32, fp16, bf16 and (packed 4-bit weights) uint8.
+    dtypes other than fp32, fp16, bf16 and (packed 4-bit weights) uint8; ``any_dtype`` allows fp64, integers and bool.
     """
     if (folder / _SINGLE).is_file():
         files = [folder / _SINGLE]
@@ -144,16 +153,16 @@ def open_weights(folder: Path, allow_pickle: bool = False) -> BaseWeights:
         return _open_pickles(folder, pickles)
     else:
         raise UserError(_no_weights(folder))
-    return BaseWeights(folder, read_headers(files))
+    return BaseWeights(folder, read_headers(files, ALL_DTYPES if any_dtype else _DTYPES))
 
 
-def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
+def read_headers(files: Sequence[Path], dtypes: Mapping[str, torch.dtype] = _DTYPES) -> dict[str, StoredTensor]:
     """Where each tensor of some safetensors files lies. Raises UserError listing the files that cannot be read."""
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            tensors |= {tensor.name: tensor for tensor in _read_header(file)}
+            tensors |= {tensor.name: tensor for tensor in _read_header(file, dtypes)}
         except _MALFORMED as error:
             problems.append(f"{file}: cannot be read as safetensors ({error}); copy the file again")
     if problems:
@@ -193,7 +202,7 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: no weights; expected {_SINGLE} or {_INDEX} (model.name_or_path)"
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
+def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> list[StoredTensor]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         total = file.stat().st_size
@@ -204,9 +213,9 @@ def _read_header(file: Path) -> list[StoredTensor]:
     tensors = []
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}; allowed: {', '.join(_DTYPES)}")
-        tensor = StoredTensor(name, file, 8 + size + start, end - start, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}; allowed: {', '.join(dtypes)}")
+        tensor = StoredTensor(name, file, 8 + size + start, end - start, tuple(entry["shape"]), dtypes[entry["dtype"]])
         if tensor.numel * tensor.dtype.itemsize != tensor.num_bytes:
             raise ValueError(f"tensor {name!r}: {tensor.num_bytes} bytes do not fit shape {list(tensor.shape)}")
         if tensor.offset + tensor.num_bytes > total:

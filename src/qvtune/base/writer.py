@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from qvtune.base.checksum import add_checksums, partial_checksum
+from qvtune.base.source import ALL_DTYPES
 
 INDEX = "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 # Name -> the tensor's elements in order, in 1-D pieces of the planned dtype.
 Pieces = Callable[[str], Iterable[torch.Tensor]]

@@ -21,7 +21,7 @@ from qvtune.errors import UserError
 from qvtune.files import fsync, sha256
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -54,7 +54,7 @@ def write(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> 
     manifest: dict[str, dict[str, Any]] = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in temporary.iterdir():
         fsync(path)
     temporary.chmod(0o755)
@@ -83,7 +83,7 @@ def resolve(path: Path) -> Path:
 
     Raises UserError when there is none.
     """
-    if (path / _MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return path.resolve()
     found = newest(path / "checkpoints") or newest(path)
     if found is None:
@@ -96,9 +96,9 @@ def resolve(path: Path) -> Path:
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises UserError listing all that differ."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise UserError([f"{folder / _MANIFEST}: cannot be read ({error})", _damaged(folder)]) from error
+        raise UserError([f"{folder / MANIFEST}: cannot be read ({error})", _damaged(folder)]) from error
     problems = []
     for name, entry in manifest.items():
         path = folder / name

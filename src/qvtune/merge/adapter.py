@@ -21,7 +21,7 @@ class LowRank:
     """``W + scaling * B A`` (LoRA, arXiv 2106.09685) with A [rank, in], B [out, rank]; with a ``magnitude`` m [out]
     ``m * (W + scaling * B A) / ||W + scaling * B A||``, norms by output (DoRA, arXiv 2402.09353).
 
-    ``transposed``: the base stores [in, out] (PEFT's fan_in_fan_out, as GPT-2 has it).
+    ``transposed``: the base stores [in, out], as GPT-2's Conv1D (PEFT's fan_in_fan_out) and embeddings do.
     """
 
     factor_a: Tensor
@@ -54,17 +54,44 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class RowsReplaced:
+    """Single tokens of an embedding that were trained: ``rows`` [len(indices), width]."""
+
+    indices: tuple[int, ...]
+    rows: Tensor
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """As ``Change``."""
+        return weight.index_copy(0, torch.tensor(self.indices, dtype=torch.long), self.rows.float())
+
+
+@dataclass(frozen=True)
+class Both:
+    """One change after the other."""
+
+    first: Change
+    second: Change
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """As ``Change``."""
+        return self.second.apply(self.first.apply(weight))
+
+
+@dataclass(frozen=True)
 class Adapter:
     """All that is to be done to a base.
 
-    ``changes`` go by the name of the base's tensor; ``added`` are tensors that it does not have (a classification
-    head), in the dtype they are stored in; ``dtype`` is that of the factors, the compute dtype of training;
-    ``peft_config`` is the content of adapter_config.json where there is one.
+    ``changes`` go by the name of the base's tensor. ``added`` are tensors that it does not have (a classification
+    head, an output matrix that is no longer tied), written in the merged dtype; ``dropped`` are tensors that the
+    adapted model does not have (the head of another task); ``config`` is what to change in config.json. ``dtype`` is
+    that of the factors; ``peft_config`` is the content of adapter_config.json where there is one.
     """
 
     changes: Mapping[str, Change]
     dtype: torch.dtype
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
     peft_config: Mapping[str, Any] | None = None
 
     @property

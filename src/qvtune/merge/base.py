@@ -68,7 +68,7 @@ def open_merge_base(folder: Path, model: ModelSection, dtype: torch.dtype) -> Me
     Raises UserError for weights that cannot be read so. What is not quantized may be of any architecture.
     """
     if model.quantization == "none":
-        weights = open_weights(folder, model.allow_pickle)
+        weights = open_weights(folder, model.allow_pickle, any_dtype=True)
         if any(".quant_state." in name for name in weights):
             raise UserError(
                 f"{folder}: the weights are stored in 4 bits, so there are no original ones; leave --base-weights "

@@ -12,6 +12,7 @@ import torch
 
 import qvtune
 from qvtune.base.companions import copy_companions
+from qvtune.data import IGNORE_INDEX
 from qvtune.errors import UserError
 from qvtune.files import write_json
 from qvtune.memory import return_freed_memory
@@ -62,7 +63,8 @@ def convert(
     started = time.monotonic()
     _check_numbers(max_shard_bytes, proof_rows, num_threads)
     require_free(output)
-    task = open_task(open_source(source, base=base, allow_pickle=allow_pickle), base_weights, dtype)
+    opened = open_source(source, base=base, allow_pickle=allow_pickle)
+    task = open_task(opened, base_weights, dtype, allow_pickle=allow_pickle)
     layered = _architecture(task)
     with partial_output(output, made_from(task, max_shard_bytes)) as partial:
         console().print(f"merging {task.source.path} into {task.base.folder}: {len(task.base.tensors)} tensors")
@@ -102,10 +104,13 @@ def _prove(task: Task, layered: "LayeredModel", folder: Path, num_rows: int | No
 
     from qvtune.merge.proof import EXACT, ROUNDED, prove
     from qvtune.merge.sides import sides_of
-    from qvtune.merge.texts import evaluation_rows, fixed_prompts
+    from qvtune.merge.texts import Text, evaluation_rows, fixed_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=task.model.trust_remote_code)
-    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, task.source.path, num_rows)
+    run = task.source.path if task.source.state is not None else None
+    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
+    if task.is_classifier:  # one position of logits a text: those of the classes
+        texts = [Text(text.ids, [IGNORE_INDEX]) for text in texts]
     return prove(layered, sides_of(task, folder), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
 
 

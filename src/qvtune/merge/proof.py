@@ -114,7 +114,14 @@ def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: boo
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     name = (config.architectures or ["ForCausalLM"])[0]
-    kind = next((kind for kind in ("ForSequenceClassification", "ForMaskedLM") if name.endswith(kind)), "ForCausalLM")
+    kind = next(
+        (
+            kind
+            for kind in ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+            if name.endswith(kind)
+        ),
+        "ForCausalLM",
+    )
     architecture: Any = getattr(transformers, f"AutoModel{kind}")
     with init_empty_weights(include_buffers=False):
         skeleton = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ from torch import nn
 from qvtune.base.source import open_weights
 from qvtune.merge.adapter import Adapter, Change, LowRank
 from qvtune.merge.base import MergeBase
-from qvtune.merge.tensors import Merger, change_of_rows
+from qvtune.merge.tensors import Merger, change_of_rows, goes_by_rows
 
 if TYPE_CHECKING:
     from qvtune.merge.task import Task
@@ -30,8 +30,10 @@ class Side:
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows ``[first, last)`` in fp32, with the change applied."""
-        rows = self.read(name, first, last).float()
         change = self.changes.get(name)
+        if change is not None and not goes_by_rows(change):
+            return change.apply(self.read(name, 0, None).float())[first:last]
+        rows = self.read(name, first, last).float()
         return rows if change is None else change_of_rows(change, first, first + len(rows)).apply(rows)
 
 
@@ -61,7 +63,9 @@ def sides_of(task: "Task", folder: Path) -> Sides:
 
 def adapted_base(base: MergeBase, adapter: Adapter) -> Side:
     """The base as training in ``adapter.dtype`` sees it, and the adapter beside it."""
-    return Side(base.tensors.keys() | adapter.added.keys(), _base_rows(base, adapter), adapter.changes)
+    return Side(
+        (base.tensors.keys() - adapter.dropped) | adapter.added.keys(), _base_rows(base, adapter), adapter.changes
+    )
 
 
 def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
@@ -75,7 +79,7 @@ def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
 
 def merged_folder(folder: Path) -> Side:
     """What has been written."""
-    weights = open_weights(folder)
+    weights = open_weights(folder, any_dtype=True)
     base = MergeBase(folder, weights, weights.tensors, {}, None)
     return Side(weights.keys(), lambda name, first, last: _rows_of(base, name, first, last))
 

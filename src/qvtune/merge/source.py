@@ -1,13 +1,16 @@
 """What can be converted: finding out what a folder is, and opening it."""
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qvtune.base import fingerprint
 from qvtune.base.fingerprint import Fingerprint
@@ -15,19 +18,29 @@ from qvtune.base.source import StoredTensor
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.state import TrainerState, load_trainer_state
 from qvtune.config.schema import ModelSection
+from qvtune.errors import UserError
 from qvtune.merge.adapter import Adapter
+from qvtune.merge.deepspeed import open_zero, step_folder
+from qvtune.merge.full import full_adapter, trained_dtype
 from qvtune.merge.peft_adapter import peft_adapter
+from qvtune.merge.peft_config import PeftConfig
 
 Kind = Literal["checkpoint", "full", "peft", "deepspeed"]
+_CONFIG, _SAFE, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_FULL = "trained.safetensors"
+_KINDS = (
+    "a folder runs/NAME/checkpoints/step-* or a run folder that has one, a PEFT adapter folder (adapter_config.json, "
+    "adapter_model.safetensors), or a folder with DeepSpeed's global_step*"
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trained adapter that has been found and verified, not yet compared with its base.
+    """What was trained, found and verified, not yet compared with its base.
 
     ``model`` is the base as trained on, as far as known; ``dtype`` the compute dtype of training (None: not known);
-    ``step``, ``state`` and ``fingerprint`` (of the base) are there for checkpoints of ours. ``read`` gives the adapter
-    for the base's tensors.
+    ``state`` and ``fingerprint`` (of the base) are there for checkpoints of ours. ``read`` gives the adapter for the
+    base's tensors.
     """
 
     path: Path
@@ -47,25 +60,160 @@ class Source:
 def open_source(path: Path, *, base: str | None = None, allow_pickle: bool = False) -> Source:
     """Find out what ``path`` is, and verify it.
 
-    A checkpoint folder of ours, or a run folder (its newest). ``base`` overrides the folder or hub id of the base.
-    Raises UserError for what cannot be converted, with the reason.
+    A checkpoint folder of ours (``checkpoints/latest``, ``checkpoints/best``) or a run folder (its newest); a PEFT
+    adapter folder from anywhere; with ``allow_pickle`` a DeepSpeed ZeRO checkpoint of a PEFT model. Where a folder has
+    both DeepSpeed's files and an adapter, ``allow_pickle`` chooses the former: fp32 masters. ``base`` overrides the
+    folder or hub id of the base. Raises UserError for what cannot be converted, with the reason.
     """
-    folder = checkpoint_folder.resolve(path)
+    if not path.exists():
+        raise UserError(f"{path}: no checkpoint, there is nothing of this name; give {_KINDS}")
+    if _is_ours(path):
+        return _open_ours(checkpoint_folder.resolve(path), base)
+    step = step_folder(path)
+    if step is not None and (allow_pickle or not (path / _CONFIG).is_file()):
+        return _open_deepspeed(step, base, allow_pickle)
+    if (path / _CONFIG).is_file():
+        return _open_peft(path, base, allow_pickle)
+    raise UserError(_unknown(path))
+
+
+def _is_ours(path: Path) -> bool:
+    checkpoints = path / "checkpoints"
+    has_some = checkpoint_folder.newest(path) is not None
+    return has_some or checkpoints.is_dir() or (path / checkpoint_folder.MANIFEST).is_file()
+
+
+def _open_ours(folder: Path, base: str | None) -> Source:
     checkpoint_folder.verify(folder)
     state = load_trainer_state(folder)
     model = ModelSection(**state.trajectory["model"])
     if base is not None:
         model = model.model_copy(update={"name_or_path": base})
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    file = folder / "adapter_model.safetensors"
-    stored = load_file(file)
+    is_full = (folder / _FULL).is_file()
+    if is_full:
+        dtype, read = trained_dtype(folder / _FULL), _full_reader(folder / _FULL)
+    else:
+        stored = load_file(folder / _SAFE)
+        dtype = next((tensor.dtype for tensor in stored.values()), torch.float32)
+        read = _peft_reader(str(folder / _SAFE), _read_config(folder / _CONFIG), stored)
     return Source(
         path=folder,
-        kind="checkpoint",
+        kind="full" if is_full else "checkpoint",
         model=model,
-        dtype=next((tensor.dtype for tensor in stored.values()), torch.float32),
+        dtype=dtype,
         step=state.step,
         state=state,
         fingerprint=fingerprint.read(folder / "base.json"),
-        read=lambda tensors: peft_adapter(file, config, stored, tensors),
+        read=read,
     )
+
+
+def _open_peft(folder: Path, base: str | None, allow_pickle: bool) -> Source:
+    config = _read_config(folder / _CONFIG)
+    file = folder / _SAFE
+    if file.is_file():
+        try:
+            stored = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors ({error}); copy the file again") from error
+    else:
+        stored = _read_pickle(folder / _PICKLE, allow_pickle)
+        file = folder / _PICKLE
+    return _foreign(folder, "peft", config, base, _step(folder), _peft_reader(str(file), config, stored))
+
+
+def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise UserError(f"{file.parent}: has {_CONFIG} but neither {_SAFE} nor {_PICKLE}; copy the folder again")
+    if not allow_pickle:
+        raise UserError(
+            f"{file}: is a pickle, which can run code when opened; with --allow-pickle it is opened as tensors only"
+        )
+    try:
+        stored: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: cannot be read as tensors only ({_first_line(error)})") from error
+    if not (isinstance(stored, dict) and all(torch.is_tensor(value) for value in stored.values())):
+        raise UserError(f"{file}: holds something else than tensors by name")
+    return stored
+
+
+def _open_deepspeed(folder: Path, base: str | None, allow_pickle: bool) -> Source:
+    if not allow_pickle:
+        raise UserError(
+            f"{folder}: DeepSpeed's files are pickles, which can run code when opened; with --allow-pickle they are "
+            "opened as tensors only"
+        )
+    places = [folder, folder.parent, folder.parent.parent]
+    config_file = next((place / _CONFIG for place in places if (place / _CONFIG).is_file()), None)
+    if config_file is None:
+        raise UserError(
+            f"{folder}: no {_CONFIG} beside it or in {folder.parent}: copy it there, it says what the tensors mean (a "
+            "checkpoint of a model trained without PEFT cannot be converted; DeepSpeed's zero_to_fp32.py can)"
+        )
+    config, opened = _read_config(config_file), open_zero(folder)
+    return _foreign(folder, "deepspeed", config, base, opened.step, _peft_reader(str(folder), config, opened.tensors()))
+
+
+def _foreign(
+    folder: Path,
+    kind: Kind,
+    config: PeftConfig,
+    base: str | None,
+    step: int | None,
+    read: Callable[[Mapping[str, StoredTensor]], Adapter],
+) -> Source:
+    """A source that does not say what its base was trained as: taken for the original weights."""
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{config.path}: names no base (base_model_name_or_path); give it with --base")
+    revision = config.get("revision")
+    if base is None and revision not in (None, "main") and not Path(name).exists():
+        raise UserError(
+            f"{config.path}: was trained on revision {revision!r} of {name}; download that (`hf download {name} "
+            f"--revision {revision}`) and give its folder with --base"
+        )
+    model = ModelSection(name_or_path=name, quantization="none")
+    return Source(folder, kind, model, dtype=None, step=step, state=None, fingerprint=None, read=read)
+
+
+def _peft_reader(
+    where: str, config: PeftConfig, stored: Mapping[str, Tensor]
+) -> Callable[[Mapping[str, StoredTensor]], Adapter]:
+    return lambda base: peft_adapter(where, config, stored, base)
+
+
+def _full_reader(file: Path) -> Callable[[Mapping[str, StoredTensor]], Adapter]:
+    return lambda base: full_adapter(file, base)
+
+
+def _read_config(path: Path) -> PeftConfig:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no object, but {type(values).__name__}")
+    return PeftConfig(path, values)
+
+
+def _step(folder: Path) -> int | None:
+    """What transformers' Trainer has left beside the adapter."""
+    path = folder / "trainer_state.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("global_step") if path.is_file() else None
+    return found if isinstance(found, int) else None
+
+
+def _unknown(path: Path) -> str:
+    inside = sorted(folder.name for folder in path.glob("checkpoint-*") if folder.is_dir()) if path.is_dir() else []
+    if inside:
+        return f"{path}: holds several checkpoints; give one of them: {', '.join(inside)}"
+    if any(path.glob("*.distcp")) or any(path.glob("pytorch_model_fsdp*")):
+        return f"{path}: an FSDP checkpoint cannot be converted; save the adapter with save_pretrained and give that"
+    if (path / "config.json").is_file():
+        return f"{path}: is a model without an adapter ({_CONFIG}), so there is nothing to merge"
+    return f"{path}: no checkpoint; give {_KINDS}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

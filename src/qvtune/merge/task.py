@@ -1,13 +1,15 @@
 """What is to be merged into what, found and checked before anything is written."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from qvtune.base.source import model_folder
+from qvtune.base.source import model_folder, open_weights
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.merge.adapter import Adapter
@@ -16,7 +18,8 @@ from qvtune.merge.source import Source
 from qvtune.paths import cache_dir
 
 BaseChoice = Literal["dequantized", "original"]
-DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,51 @@ class Task:
         return None if stored_in_4_bits else "original"
 
 
-def open_task(source: Source, base_weights: BaseChoice | None, dtype: DtypeChoice) -> Task:
-    """Open the base and read the adapter. Raises UserError with what does not fit together."""
+def open_task(
+    source: Source, base_weights: BaseChoice | None, dtype: DtypeChoice, *, allow_pickle: bool = False
+) -> Task:
+    """Open the base and read the adapter. Raises UserError with what does not fit together.
+
+    ``allow_pickle`` lets an adapter from elsewhere have a base in ``.bin`` files; our checkpoints say it themselves.
+    """
+    folder = _folder_of(source)
+    if source.dtype is None:
+        source = _completed(source, folder, base_weights, allow_pickle)
+    assert source.dtype is not None
     model = _as_chosen(source.model, base_weights)
-    folder = model_folder(model.name_or_path, cache_dir())
-    base = open_merge_base(folder, model, source.dtype or torch.float32)
-    adapter = source.adapter(base.tensors)
-    merged_dtype = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    return Task(source, model, base, adapter, merged_dtype, _settings(adapter))
+    base = open_merge_base(folder, model, source.dtype)
+    adapter = replace(source.adapter(base.tensors), dtype=source.dtype)
+    merged_dtype = source.dtype if dtype == "auto" else getattr(torch, _SHORT_NAMES.get(dtype, dtype))
+    return Task(source, model, base, adapter, merged_dtype, adapter.config)
+
+
+def _folder_of(source: Source) -> Path:
+    try:
+        return model_folder(source.model.name_or_path, cache_dir())
+    except UserError as error:
+        advice = f"{source.path} names that base; where it is now is said with --base"
+        raise UserError([*error.problems, advice]) from error
+
+
+def _completed(source: Source, folder: Path, base_weights: BaseChoice | None, allow_pickle: bool) -> Source:
+    """What an adapter from elsewhere does not say about its training, taken from the base and from the choice.
+
+    Compute dtype: that of the base. NF4 where the base is stored so, or where the user says so (``dequantized``; then
+    with double quantization, as QLoRA has it).
+    """
+    weights = open_weights(folder, allow_pickle, any_dtype=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    update: dict[str, Any] = {"allow_pickle": allow_pickle}
+    if any(".quant_state." in name for name in weights):  # the dtypes of its files are those of the packing
+        update |= {"quantization": "nf4", "double_quant": any(name.endswith(".nested_absmax") for name in weights)}
+        named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        dtype = getattr(torch, named)
+    else:
+        _require_plain(folder, config)
+        update["quantization"] = "nf4" if base_weights == "dequantized" else "none"
+        floating = Counter(tensor.dtype for tensor in weights.values() if tensor.dtype.is_floating_point)
+        dtype = floating.most_common(1)[0][0]
+    return replace(source, model=source.model.model_copy(update=update), dtype=dtype)
 
 
 def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> ModelSection:
@@ -76,6 +116,10 @@ def _as_chosen(trained_on: ModelSection, base_weights: BaseChoice | None) -> Mod
     return trained_on.model_copy(update={"quantization": "none"}) if base_weights == "original" else trained_on
 
 
-def _settings(adapter: Adapter) -> dict[str, Any]:
-    """What an added classification head changes in config.json, beside ``architectures``."""
-    return {}
+def _require_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError where the weights are packed in a format that is not read here."""
+    if quantization := config.get("quantization_config"):
+        raise UserError(
+            f"{folder}/config.json: the weights are quantized by {quantization.get('quant_method')!r}; give the folder "
+            "of the original weights with --base"
+        )

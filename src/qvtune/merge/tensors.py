@@ -9,8 +9,9 @@ import torch
 
 from qvtune.base.writer import TensorPlan
 from qvtune.errors import UserError
-from qvtune.merge.adapter import Adapter, Change, LowRank, Replaced
+from qvtune.merge.adapter import Adapter, Both, Change, LowRank, Replaced, RowsReplaced
 from qvtune.merge.base import MergeBase
+from qvtune.merge.full import ReadAnew
 
 COPIED = 2**22  # elements of a tensor that is copied, at a time
 COMPUTED = 2**18  # elements of a matrix that is computed: its temporaries stay in the cache
@@ -53,7 +54,8 @@ class Merger:
 
     def plan(self) -> list[TensorPlan]:
         """Every tensor of the merged model, in the order in which the base is read from front to back."""
-        stored = sorted(self._base.tensors.values(), key=lambda tensor: (tensor.file, tensor.offset))
+        kept = [tensor for name, tensor in self._base.tensors.items() if name not in self._adapter.dropped]
+        stored = sorted(kept, key=lambda tensor: (tensor.file, tensor.offset))
         plans = [
             TensorPlan(tensor.name, tensor.dtype if self.kind(tensor.name) == "copied" else self._dtype, tensor.shape)
             for tensor in stored
@@ -89,7 +91,7 @@ class Merger:
     def _adapted(self, name: str, change: Change) -> Iterator[torch.Tensor]:
         read, shape = self._base.reader(name), self._base.tensors[name].shape
         num_rows, columns = shape[0], math.prod(shape[1:])
-        step = max(1, COMPUTED // columns) if _goes_by_rows(change) else num_rows
+        step = max(1, COMPUTED // columns) if goes_by_rows(change) else num_rows
         sums = torch.zeros(4, dtype=torch.float64)
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows)
@@ -115,18 +117,30 @@ class Merger:
         return torch.stack([torch.dot(left.flatten(), right.flatten()).double() for left, right in pairs])
 
 
-def _goes_by_rows(change: Change) -> bool:
+def goes_by_rows(change: Change) -> bool:
     """Whether some rows of the result depend on the same rows of the weight alone."""
-    return isinstance(change, Replaced) or (isinstance(change, LowRank) and not change.transposed)
+    if isinstance(change, Both):
+        return goes_by_rows(change.first) and goes_by_rows(change.second)
+    return not (isinstance(change, LowRank) and change.transposed and change.magnitude is not None)
 
 
 def change_of_rows(change: Change, first: int, last: int) -> Change:
-    """The change of rows ``[first, last)`` of a tensor, which may be all of them."""
-    if isinstance(change, Replaced):
-        return Replaced(change.tensor[first:last])
-    if isinstance(change, LowRank) and not change.transposed:
-        magnitude = None if change.magnitude is None else change.magnitude.flatten()[first:last]
-        return replace(change, factor_b=change.factor_b[first:last], magnitude=magnitude)
+    """The change of rows ``[first, last)`` of a tensor, which must be all of them where it does not go by rows."""
+    match change:
+        case Replaced(tensor):
+            return Replaced(tensor[first:last])
+        case ReadAnew():
+            return change.rows(first, last)
+        case RowsReplaced(indices, rows):
+            inside = [at for at, index in enumerate(indices) if first <= index < last]
+            return RowsReplaced(tuple(indices[at] - first for at in inside), rows[inside])
+        case Both(one, other):
+            return Both(change_of_rows(one, first, last), change_of_rows(other, first, last))
+        case LowRank(transposed=True, magnitude=None):
+            return replace(change, factor_a=change.factor_a[:, first:last])
+        case LowRank(transposed=False):
+            magnitude = None if change.magnitude is None else change.magnitude.flatten()[first:last]
+            return replace(change, factor_b=change.factor_b[first:last], magnitude=magnitude)
     return change
 
 

@@ -45,14 +45,15 @@ def fixed_prompts(tokenizer: Any) -> list[Text]:
     return [Text(ids, [IGNORE_INDEX] * len(ids)) for ids in rows]
 
 
-def evaluation_rows(tokenizer: Any, checkpoint: Path, num_rows: int | None) -> list[Text]:
+def evaluation_rows(tokenizer: Any, checkpoint: Path | None, num_rows: int | None) -> list[Text]:
     """The first documents that the run was evaluated on, with the run's own mask of labels.
 
-    ``num_rows`` None: 8, or none where ``checkpoint`` is not in a run folder or the data is gone.
+    ``num_rows`` None: 8, or none where ``checkpoint`` is not in a run folder (None: comes from elsewhere) or the data
+    is gone.
     Raises UserError where rows are asked for and cannot be had.
     """
-    config_file = checkpoint.parent.parent / "config.yaml"
-    data = _data_section(config_file)
+    config_file = checkpoint.parent.parent / "config.yaml" if checkpoint else Path("config.yaml of a run")
+    data = _data_section(config_file) if checkpoint else None
     file = _evaluation_file(data)
     if data is None or file is None:
         if num_rows:
