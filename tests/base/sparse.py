@@ -33,6 +33,13 @@ SMOLLM2_135M = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
+LLAMA_3_1_8B = {
+    **_LLAMA_3_1,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 LLAMA_3_1_70B = {
     **_LLAMA_3_1,
     "hidden_size": 8192,

@@ -61,10 +61,7 @@ def main() -> None:
     """Merge and note what it has cost."""
     way, run, output, result = sys.argv[1], *map(Path, sys.argv[2:5])
     choice, _, with_proof = way.partition("+")
-    if way == "peft":
-        started = peft(run, output)
-    else:
-        started = (proved if with_proof else ours)(choice, run, output)
+    started = peft(run, output) if way == "peft" else (proved if with_proof else ours)(choice, run, output)
     costs = {"seconds": time.monotonic() - started, "peak_bytes": peak_rss_bytes()}
     result.write_text(json.dumps(costs))
 

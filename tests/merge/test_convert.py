@@ -358,14 +358,26 @@ def test_exit_codes(
     assert not list(tmp_path.glob("*wrong*"))
 
 
-def test_the_command_runs_as_one_process_without_deepspeed(
+def test_the_command_runs_as_one_process_without_deepspeed_and_merges_without_transformers(
     make_run: MakeRun, llama_folder: Path, tmp_path: Path
 ) -> None:
-    # A module of this name that cannot be imported stands in front of the real one.
     (tmp_path / "deepspeed.py").write_text("raise AssertionError('deepspeed was imported')")
+    script = """
+import runpy, sys
+from qvtune.merge.source import open_source
+from qvtune.merge.task import open_task
+from qvtune.merge.write import write_weights
+assert open_task and open_source and write_weights
+heavy = {"bitsandbytes", "peft", "transformers"} & sys.modules.keys()
+assert not heavy, heavy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    # A module of this name that cannot be imported stands in front of the real one.
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(CONVERT), str(make_run(llama_folder)), "--output", str(tmp_path / "merged")]
+    arguments = [str(CONVERT), str(make_run(llama_folder)), "--output", str(tmp_path / "merged")]
+    command = [sys.executable, "-c", script, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "merged" / "model.safetensors").is_file()
