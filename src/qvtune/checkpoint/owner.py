@@ -54,8 +54,8 @@ class Owner:
     def set_aside(self, keep: Collection[str] = ()) -> Path | None:
         """Move what an earlier run has left to ``run_dir.1``, ``.2``, ...; None where there is nothing.
 
-        The names in ``keep`` stay. Entry by entry through the workspace: renaming ``run_dir`` could hit what a newer run
-        has made of it.
+        The names in ``keep`` stay. Entry by entry through the workspace: renaming ``run_dir`` could hit what a newer
+        run has made of it.
         """
         left = [path for path in self.run_dir.iterdir() if not path.name.startswith(_PREFIX) and path.name not in keep]
         if not left:
