@@ -38,6 +38,7 @@ case $code in
     # All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look
     # at the ranks once a second: give them time to see the same.
     2 | 75) sleep 2 ;;
+    137) ;; # killed here: no host is lost, and the others are to end at once
     *)
         # srun would wait for a host that does not answer until Slurm gives the host up
         read -ra hosts <<<"$QVTUNE_HOSTS"
