@@ -147,6 +147,26 @@ def test_a_run_takes_the_folder_from_the_one_before(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".owner-00000002"]
 
 
+def test_who_slept_before_its_claim_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is free again, since two others have come and the first of them has gone."""
+    take(tmp_path)
+    owners: list[Any] = []
+    mkdir = Path.mkdir
+
+    def late_mkdir(path: Path, *arguments: Any, **keywords: Any) -> None:
+        if path.name == ".owner-00000002" and not owners:
+            owners.append(None)
+            owners[:] = [take(tmp_path), take(tmp_path)]
+        mkdir(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "mkdir", late_mkdir)
+    with pytest.raises(RunFolderLostError):
+        take(tmp_path)
+    assert owners[-1].generation == 3
+    owners[-1].check()
+    assert [path.name for path in tmp_path.iterdir()] == [".owner-00000003"]
+
+
 def test_a_loss_in_the_middle_of_a_change_is_named(tmp_path: Path) -> None:
     owner = take(tmp_path / "run")
 

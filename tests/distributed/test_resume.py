@@ -51,8 +51,7 @@ def test_a_run_that_had_not_begun_leaves_nothing_and_starts_anew(
     lab: Lab, two: Results, two_later: Results, name: str
 ) -> None:
     """All ranks leave together, though one was asked while another one worked alone."""
-    assert all("stopped on request" in result[name]["message"] for result in two)
-    assert any("SIGUSR1" in result[name]["message"] for result in two)
+    assert [result[name]["message"] for result in two] == ["stopped on request (SIGUSR1)"] * 2
     assert [result[name] for result in two_later] == [{"code": 0}] * 2
     assert not lab.run_dir(f"{name}.1").exists()
     assert [entry["step"] for entry in lab.events(name, "run_start")] == [0]

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from qvtune.checkpoint.folder import complete_checkpoints, newest, verify
+from qvtune.train.stop import REPEAT_SECONDS
 from tests.distributed.lab import Lab
 from tests.launch.conftest import TRAIN, without_gpu
 from tests.processes import started
@@ -81,10 +82,10 @@ def test_the_second_request_ends_a_rank_at_once_and_damages_nothing(lab: Lab) ->
         hanging, waiting = ranks
         hanging.suspend()
         waiting.send_signal(signal.SIGUSR1)
-        time.sleep(3.5)
+        time.sleep(REPEAT_SECONDS + 2)  # the first may be noticed a little late
         assert waiting.is_running() and waiting.status() != psutil.STATUS_ZOMBIE
         waiting.send_signal(signal.SIGUSR1)
-        wait_until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE, seconds=5)
+        wait_until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE, seconds=10)
         hanging.kill()
         assert launcher.wait(timeout=60) == 128 + signal.SIGUSR1
     for checkpoint in complete_checkpoints(lab.run_dir("twice") / "checkpoints"):

@@ -129,18 +129,21 @@ def _host_group() -> Any:
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def announce(name: str) -> None:
-    """Leave a mark that any rank can find without a collective. From any thread."""
+def announce(name: str, text: str) -> None:
+    """Leave a note that any rank can find without a collective. From any thread."""
     if dist.is_initialized() and world_size() > 1:
         try:
-            _store().set(name, "")
-        except dist.DistError as error:  # rank 0, where the marks lie, has gone: all collectives say so as well
+            _store().set(name, text)
+        except dist.DistError as error:  # rank 0, where the notes lie, has gone: all collectives say so as well
             warnings.warn(f"cannot announce {name}: {error}", stacklevel=2)
 
 
-def announced(name: str) -> bool:
-    """Whether some rank has left this mark."""
-    return dist.is_initialized() and world_size() > 1 and bool(_store().check([name]))
+def announced(name: str) -> str | None:
+    """The note that some rank has left under this name."""
+    if not dist.is_initialized() or world_size() == 1 or not _store().check([name]):
+        return None
+    text: str = _store().get(name).decode()
+    return text
 
 
 def _store() -> Any:

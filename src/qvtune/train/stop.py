@@ -52,7 +52,8 @@ class StopRequest:
             os._exit(128 + received)
         if self.signal is None:
             self.signal = received
-            distributed.announce(self._announcement)
+            # In a thread of its own: it waits for rank 0, which may hang, and the second request must get through.
+            threading.Thread(target=distributed.announce, args=(self._announcement, received.name), daemon=True).start()
 
     def poll(self) -> None:
         """Raises StopRequested on all ranks when one of them has been asked to stop; collective, without the device."""
@@ -72,9 +73,8 @@ class StopRequest:
         return self.signal is not None or self._launcher != _deepspeed_launcher()
 
     def _reason(self) -> str:
-        if self.signal is not None:
-            return f"stopped on request ({self.signal.name})"
-        return "stopped on request (another rank's, or the launcher has ended)"
+        found = self.signal.name if self.signal else distributed.announced(self._announcement)
+        return f"stopped on request ({found or 'of another rank, or the launcher has ended'})"
 
 
 def _deepspeed_launcher() -> tuple[int, ...]:
