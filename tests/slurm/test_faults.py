@@ -8,6 +8,8 @@ from tests.slurm.cluster import HOSTS, Job, wait_until
 from tests.slurm.site import MAX_STEPS, SAVE_EVERY, Site
 from tests.slurm.test_train import restarted
 
+pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
+
 RANK = r"[l]aunch/train\.py --config"  # in brackets, so that the pattern does not match its own command line
 
 

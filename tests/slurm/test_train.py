@@ -8,6 +8,9 @@ from tests.slurm.cluster import LOGIN, Job
 from tests.slurm.site import MAX_STEPS, Site
 
 
+pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
+
+
 def restarted(job: Job, times: int) -> None:
     """Done after so many restarts, all of which are in the log."""
     assert (job.state, job.code, job.restarts) == ("COMPLETED", 0, times), job.story
