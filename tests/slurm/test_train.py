@@ -7,7 +7,6 @@ import pytest
 from tests.slurm.cluster import LOGIN, Job
 from tests.slurm.site import MAX_STEPS, Site
 
-
 pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
 
 
