@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import HOSTS, LOGIN, Job, wait_until
+from tests.slurm.cluster import HOSTS, Job, wait_until
 from tests.slurm.site import MAX_STEPS, SAVE_EVERY, Site
 from tests.slurm.test_train import restarted
 
@@ -82,14 +82,7 @@ def test_a_stale_rank_writes_nothing(site: Site) -> None:
     ranks = site.cluster.pids(host, RANK)
     site.cluster.kill(host, "STOP", *ranks)
     site.cluster.kill_slurmd(host)
-    # KillWait seconds after it has been told, the first start's srun kills the job's step 0, whichever start's that is.
-    # By default a requeued job waits so long (cred_expire: 120 s, here 5), here it is held.
-    site.cluster.wait_for_job(job, lambda now: (now.restarts, now.state) == (1, "PENDING"), "requeued", timeout=120)
-    site.cluster.run(LOGIN, "scontrol", "hold", job)
-    site.cluster.wait_for_job(
-        job, lambda now: "restart 0] exit code" in now.log(), "left by its first srun", timeout=120
-    )
-    site.cluster.run(LOGIN, "scontrol", "release", job)
+    site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
     site.wait_for_step(job, name, SAVE_EVERY + 3)
     assert site.cluster.pids(host, RANK) == ranks
     site.cluster.kill(host, "CONT", *ranks)
@@ -98,5 +91,6 @@ def test_a_stale_rank_writes_nothing(site: Site) -> None:
     site.cluster.start_slurmd(host)
     restarted(done, times=1)
     assert host not in done.hosts
+    assert "the job has been started again meanwhile" in done.log(), done.story
     assert site.losses(name) == site.reference(2)
     assert site.steps(name).count(MAX_STEPS) == 1
