@@ -33,11 +33,20 @@ code=$?
 ((code > 192)) && code=$((384 - code)) # a rank that signal n has ended: -n for the launcher, 128 + n for a shell
 # 143: a rank that was still starting, or heard it twice
 [[ $asked && ($code == 1 || $code == 143) ]] && code=75
+if ((code)); then
+    now=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Restarts=[0-9]*')
+    if [[ $now && $now != " Restarts=${SLURM_RESTART_COUNT:-0}" ]]; then
+        # This node's slurmd died, say. At any other code srun would now end the step of its number: the next start's.
+        echo "exit code $code of restart ${SLURM_RESTART_COUNT:-0} on $SLURMD_NODENAME; the job has been started again meanwhile"
+        exit 0
+    fi
+fi
 case $code in
     0) ;;
     # All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look
     # at the ranks once a second: give them time to see the same.
     2 | 75) sleep 2 ;;
+    137) ;; # killed here: no host is lost, and the others are to end at once
     *)
         # srun would wait for a host that does not answer until Slurm gives the host up
         read -ra hosts <<<"$QVTUNE_HOSTS"

@@ -235,8 +235,10 @@ class Cluster:
     def slurmd_timeout(self, seconds: int) -> Iterator[None]:
         """Within the block slurmctld gives a silent host up only after so long."""
         self._set_slurmd_timeout(seconds)
-        yield
-        self._set_slurmd_timeout(SLURMD_TIMEOUT_SECONDS)
+        try:
+            yield
+        finally:
+            self._set_slurmd_timeout(SLURMD_TIMEOUT_SECONDS)
 
     def _set_slurmd_timeout(self, seconds: int) -> None:
         config = self.folder / "etc" / "slurm.conf"

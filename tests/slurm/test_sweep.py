@@ -3,8 +3,12 @@
 import csv
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import Job, wait_until
 from tests.slurm.site import MAX_STEPS, Site
+
+pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
 
 GRID = ("optimizer.lr=1e-3,1e-2", "optimizer.lr_multipliers.v=1,4")
 

@@ -7,6 +7,8 @@ import pytest
 from tests.slurm.cluster import LOGIN, Job
 from tests.slurm.site import MAX_STEPS, Site
 
+pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
+
 
 def restarted(job: Job, times: int) -> None:
     """Done after so many restarts, all of which are in the log."""
@@ -100,7 +102,7 @@ def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lrr=1", "did you mean `lr`"),
+        ("optimizer.lrr=1", "did you mean `optimizer.lr`"),
         ("checkpoint.resume=never", "checkpoint.resume: never; a job that is requeued would begin anew"),
     ],
 )
@@ -117,4 +119,6 @@ def test_wrong_data_ends_with_2(site: Site) -> None:
     job = site.train("no-data", "data.train=nowhere.jsonl")
     done = site.cluster.wait(job, timeout=400)
     assert (done.state, done.code, done.restarts) == ("FAILED", 2, 0), done.story
-    assert done.log().count("error: ") == 1 and "nowhere.jsonl" in done.log(), done.story
+    assert done.log().count("\nerror: ") == 1 and "\nerror: data.train: cannot read nowhere.jsonl" in done.log(), (
+        done.story
+    )

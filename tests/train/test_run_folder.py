@@ -152,6 +152,18 @@ def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
     }
 
 
+def test_what_belongs_to_the_job_that_starts_is_not_an_earlier_run(tmp_path: Path) -> None:
+    for name in ("logs", "submitted"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    run = config(tmp_path / "run")
+    open_run_folder(run, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    open_run_folder(run, {})  # without a checkpoint this begins anew
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run.1"}
+    assert {"logs", "submitted"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not (tmp_path / "run.1/logs").exists()
+
+
 def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     open_run_folder(config(tmp_path / "run"), {})
