@@ -2,6 +2,7 @@
 """Merge a trained adapter into its base:  python launch/convert.py runs/demo/checkpoints/latest --output merged/
 
 Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json).
+Started again after it was cut off (killed, a full disk) with the same arguments, it goes on where it was.
 Exit codes: 0 written and proved; 1 the proof failed, nothing was written; 2 the input is wrong.
 """
 
@@ -33,6 +34,7 @@ def main() -> int:
         "--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, metavar="N", help="of a file; %(default)s"
     )
     parser.add_argument("--proof-rows", type=int, metavar="N", help="evaluation rows in the proof; 8 if there are")
+    parser.add_argument("--num-threads", type=int, metavar="N", help="tensors at a time; as many as there are cores")
     parser.add_argument("--base", metavar="FOLDER_OR_ID", help="the base, where it is not (any more) where INPUT says")
     parser.add_argument("--allow-pickle", action="store_true", help="open .bin and DeepSpeed's .pt, as tensors only")
     options = vars(parser.parse_args())

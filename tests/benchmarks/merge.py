@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -57,7 +58,7 @@ def main() -> None:
     )
 
 
-def make_run(run: Path, base: Path, config: dict[str, object]) -> Path:
+def make_run(run: Path, base: Path, config: dict[str, Any], quantization: Literal["nf4", "none"] = "nf4") -> Path:
     """A run folder with one checkpoint: random factors for the q and v projections of ``base``."""
     generator = torch.Generator().manual_seed(0)
     factors = {}
@@ -76,7 +77,8 @@ def make_run(run: Path, base: Path, config: dict[str, object]) -> Path:
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
-    trainer = state.TrainerState(step=1, trajectory={"model": ModelSection(name_or_path=str(base)).model_dump()})
+    section = ModelSection(name_or_path=str(base), quantization=quantization)
+    trainer = state.TrainerState(step=1, trajectory={"model": section.model_dump()})
     opened = open_merge_base(base, ModelSection(quantization="none"), torch.bfloat16)
     for name in opened.tensors:
         opened.weights.read_flat(name)

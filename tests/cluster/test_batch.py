@@ -66,3 +66,18 @@ def test_an_open_and_a_closed_port_are_answers_and_a_name_that_nobody_has_is_non
         port = server.getsockname()[1]
         assert batch.lost_hosts(["localhost", "no-such-host.invalid"], port) == ["no-such-host.invalid"]
     assert batch.lost_hosts(["localhost"], port) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        ('{"event": "run_end", "reason": "completed"}\n', 0),
+        ('{"event": "run_end", "reason": "stopped"}\n', 1),
+        ('{"event": "step", "step": 3}\n', 1),
+        ("", 1),
+    ],
+)
+def test_a_run_has_finished_when_its_record_says_so(tmp_path: Path, last: str, code: int) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "run_end", "reason": "completed"}\n' * bool(last) + last)
+    assert batch.main(["finished", str(tmp_path)]) == code
+    assert batch.main(["finished", str(tmp_path / "nowhere")]) == 1

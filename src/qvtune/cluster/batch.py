@@ -1,8 +1,9 @@
-"""What slurm/train.sbatch and slurm/node.sh ask Python: ``python -m qvtune.cluster.batch prepare|lost ...``.
+"""What slurm/train.sbatch and slurm/node.sh ask Python: ``python -m qvtune.cluster.batch prepare|lost|finished ...``.
 
 Imports nothing that takes seconds.
 """
 
+import json
 import os
 import socket
 import sys
@@ -71,9 +72,25 @@ def _answers(host: str, port: int, seconds: float) -> bool:
     return True
 
 
+def has_finished(run_dir: Path) -> bool:
+    """Whether the run's last word is that all its steps are done.
+
+    DeepSpeed's runner returns 0 when a signal (the kernel's, out of memory) has killed the launcher that it started.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last.get("event") == "run_end" and last["reason"] == "completed"
+
+
 def main(arguments: Sequence[str]) -> int:
-    """``prepare RECIPE [overrides]`` prints a free port and the run folder; ``lost PORT HOST ...`` the lost hosts."""
+    """Prints for ``prepare RECIPE [overrides]`` a free port and the run folder, for ``lost PORT HOST ...`` these hosts.
+
+    ``finished RUN_DIR`` answers by its exit code, 0 or 1.
+    """
     command, first, *rest = arguments
+    if command == "finished":
+        return 0 if has_finished(Path(first)) else 1
     if command == "lost":
         sys.stdout.write(" ".join(lost_hosts(rest, int(first))))
         return 0

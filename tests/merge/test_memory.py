@@ -1,0 +1,50 @@
+"""Memory of a merge: a stand-in for the 8B model that was merged and proved by hand (README.md, "Measured")."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvtune.memory import peak_rss_bytes
+from qvtune.merge import convert as conversion
+from qvtune.merge.proof import empty_model
+from tests.base.one_of_many import resident_bytes_now
+from tests.base.sparse import LLAMA_3_1_8B, make_sparse_folder
+from tests.benchmarks.merge import make_run
+
+MEBIBYTE = 2**20
+# 170 and 210 MiB were seen, most of them pages of libraries, which a fork maps anew when it needs them. Two threads
+# that held a tensor each would add 250. The embedding and the head are 125 MiB each; a matrix in fp32 is 16 MiB, the
+# temporaries of its quantization more.
+CONFIG = LLAMA_3_1_8B | {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+}
+
+
+@pytest.mark.parametrize(("quantization", "limit"), [("none", 240), ("nf4", 290)])
+def test_a_merge_never_holds_its_largest_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any, limit: int
+) -> None:
+    base = make_sparse_folder(tmp_path / "base", CONFIG)
+    run = make_run(tmp_path / "run", base, CONFIG, quantization)
+    empty_model(base, {}, trust_remote_code=False)  # imports what the fork would
+    child = os.fork()  # whose peak begins with what it holds
+    if child == 0:
+        idle = resident_bytes_now()
+
+        def end(*_: Any) -> None:
+            (tmp_path / "added").write_text(str(peak_rss_bytes() - idle))
+            os._exit(0)
+
+        monkeypatch.setattr(conversion, "copy_companions", end)  # behind the weights
+        try:
+            conversion.convert(run, tmp_path / "merged", dtype="bfloat16", num_threads=2)
+        finally:
+            os._exit(70)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert int((tmp_path / "added").read_text()) < limit * MEBIBYTE
