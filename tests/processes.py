@@ -101,7 +101,9 @@ def _run(
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This one's, without what would make a process part of another run; launchers look for ``python`` on PATH."""
     inherited = {
-        key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "QVTUNE_", "MASTER_"))
+        key: value
+        for key, value in os.environ.items()
+        if key == "QVTUNE_CACHE" or not key.startswith(("SLURM_", "QVTUNE_", "MASTER_"))
     }
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         inherited.pop(key, None)

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvtune.base.checksum import partial_checksum
-from qvtune.base.fingerprint import Fingerprint, require_same
+from qvtune.base.fingerprint import Fingerprint, require_same, require_unchanged
 from qvtune.base.loader import fill, open_base
 from qvtune.base.shard import Whole
+from qvtune.base.source import open_weights
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 
@@ -47,6 +48,27 @@ def test_one_other_value_is_named(tmp_path: Path, llama_folder: Path) -> None:
         require_same(fingerprint_of(llama_folder), other, "the base", "give the right one")
     [problem, advice] = caught.value.problems
     assert NAME in problem and advice == "give the right one"
+
+
+def test_a_byte_that_flips_after_the_first_reading_is_refused_by_name(tmp_path: Path, llama_folder: Path) -> None:
+    folder = change(llama_folder, tmp_path / "base", 0.125)
+    file = folder / "model.safetensors"
+    for _ in range(2):
+        require_unchanged(open_weights(folder), fingerprint_of(folder), tmp_path / "bases")
+
+    content = bytearray(file.read_bytes())
+    content[open_weights(folder)[NAME].offset + 7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"'{NAME}' is bfloat16") as caught:
+        require_unchanged(open_weights(folder), fingerprint_of(folder), tmp_path / "bases")
+    [record] = (tmp_path / "bases").iterdir()
+    assert f"have changed since {folder} was read first; if they were meant to, delete {record}" in str(caught.value)
+
+    another = file.with_name("another")
+    another.write_bytes(content)
+    another.replace(file)  # another file in its place: another base
+    for _ in range(2):
+        require_unchanged(open_weights(folder), fingerprint_of(folder), tmp_path / "bases")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

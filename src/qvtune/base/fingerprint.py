@@ -1,6 +1,9 @@
 """What a base is: names, shapes, dtypes and content of its tensors, taken while they are read."""
 
+import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +72,27 @@ def require_same(expected: Fingerprint, found: Fingerprint, what: str, advice: s
         ]
         more = f"{len(differing) - _SHOWN} more tensors differ; " if len(differing) > _SHOWN else ""
         raise UserError([*problems, more + advice])
+
+
+def require_unchanged(weights: BaseWeights, found: Fingerprint, records: Path) -> None:
+    """Compare a folder with what was read of it the first time, which is recorded in ``records``.
+
+    Raises UserError naming the tensors whose bytes have changed since, in the files or on the way from them. Files that
+    have taken the place of others (by their inodes) are a new base.
+    """
+    folder = weights.folder.resolve()
+    path = records / f"{hashlib.sha256(str(folder).encode()).hexdigest()}.json"
+    files = {str(file): file.stat().st_ino for file in sorted({tensor.file for tensor in weights.values()})}
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["files"] == files:
+            advice = f"these bytes have changed since {folder} was read first; if they were meant to, delete {path}"
+            require_same(record["tensors"], found, str(folder), advice)
+            return
+    records.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=records, suffix=".json", delete=False) as file:
+        json.dump({"folder": str(folder), "files": files, "tensors": found}, file)
+    os.replace(file.name, path)
 
 
 def read(path: Path) -> Fingerprint:

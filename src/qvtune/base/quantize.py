@@ -16,7 +16,7 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import save_file
 
 from qvtune.base.companions import copy_companions
-from qvtune.base.fingerprint import MANIFEST, Fingerprint, describe
+from qvtune.base.fingerprint import MANIFEST, Fingerprint, describe, require_unchanged
 from qvtune.base.loader import Base, open_base
 from qvtune.base.nf4 import BLOCK, NESTED_BLOCK, Layout, quantize_shard
 from qvtune.base.shard import Whole
@@ -24,6 +24,7 @@ from qvtune.base.source import StoredTensor, open_weights, read_headers
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.files import sha256, write_json
+from qvtune.paths import cache_dir
 from qvtune.report.console import console
 
 _PROGRESS = "progress.json"
@@ -36,8 +37,8 @@ def quantize(
 ) -> None:
     """Write ``source`` with its matrices in NF4 to ``output``; never more than a shard and a matrix in memory.
 
-    Raises UserError when the source cannot be quantized, or ``output`` exists, or what is left of an earlier start was
-    made from another source or with other settings.
+    Raises UserError when the source cannot be quantized or has changed since it was read first, or ``output`` exists,
+    or what is left of an earlier start was made from another source or with other settings.
     """
     if output.exists():
         raise UserError(f"--output: {output} exists; give a new folder, or delete this one")
@@ -54,6 +55,7 @@ def quantize(
             progress["source"] |= {name: describe(base.weights, name) for name in names}
             _write_json(partial / _PROGRESS, progress)
         console().print(f"{number}/{len(plan)} {file}")
+    require_unchanged(base.weights, progress["source"], cache_dir() / "bases")
     _finish(source, partial, base, plan, progress)
     os.rename(partial, output)
 

@@ -13,7 +13,7 @@ from torch import nn
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.attention import choose_attention, choose_dtype
 from qvtune.base.families import FAMILIES, family_of
-from qvtune.base.fingerprint import Fingerprint
+from qvtune.base.fingerprint import Fingerprint, require_unchanged
 from qvtune.base.loader import LoadReport, fill, open_base
 from qvtune.base.model import largest_layer_numel
 from qvtune.base.shard import Whole, ZeroPartition
@@ -193,8 +193,6 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     """
     planned = plan(config, stop)
     model, load, content = _load_model(config, planned, stop)
-    if planned.resume is not None:
-        checkpoint_state.require_base(planned.resume, content)
     stop.poll()
     resume, owner = open_run_folder(config, planned.deepspeed_config)
     if resume is not None:
@@ -224,6 +222,11 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     else:
         placement, gather = Whole(distributed.device()), lambda own: [own]
     load, content = fill(base, placement, planned.dtype, gather, stop.poll)
+    if planned.resume is not None:
+        checkpoint_state.require_base(planned.resume, content)
+    with distributed.together():
+        if distributed.is_main():
+            require_unchanged(base.weights, content, cache_dir() / "bases")
     model = add_adapters(base.skeleton, config.adapter, str(planned.folder), config.train.seed)
     if config.train.activation_checkpointing:
         base.skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
