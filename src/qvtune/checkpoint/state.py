@@ -41,6 +41,8 @@ def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    # After an evaluation ZeRO-3 is still gathering what it would need next, and such parameters cannot be gathered here.
+    engine.empty_partition_cache()
     _link_moments(engine.optimizer)
     state: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in trainable(engine.module.model):
