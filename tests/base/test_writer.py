@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qvtune.base import writer
 from qvtune.base.writer import TensorPlan, checksum_of, index_of, plan_files, write_file
 
 TENSORS = {
@@ -78,4 +80,21 @@ def test_shards_stay_below_their_size_and_a_larger_tensor_stands_alone() -> None
 def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path, wrong: torch.Tensor) -> None:
     with pytest.raises(AssertionError, match="norm"):
         write_file(tmp_path / "model.safetensors", PLANS[-1:], lambda name: [wrong])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_error_of_the_disk_that_only_the_flush_sees_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def slowly(name: str) -> Iterator[torch.Tensor]:
+        time.sleep(0.1)
+        yield from pieces(name)
+
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0.001)
+    monkeypatch.setattr(writer.os, "fdatasync", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "model.safetensors", PLANS[:1], slowly)
     assert not (tmp_path / "model.safetensors").exists()

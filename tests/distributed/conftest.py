@@ -100,7 +100,7 @@ def two(lab: Lab) -> Results:
             }
             for name, when in TERMINATED_EARLY.items()
         ),
-        _train(lab, "full", **FULL),
+        _evaluated(lab, "full", **FULL),
         _train(lab, "full-zero2", **FULL, **ZERO2),
         _train(lab, "full-unquantized", **FULL, model__quantization="none"),
         _train(lab, "stopped-full", **FULL, **STOP),

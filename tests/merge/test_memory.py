@@ -14,9 +14,8 @@ from tests.base.sparse import LLAMA_3_1_8B, make_sparse_folder
 from tests.benchmarks.merge import make_run
 
 MEBIBYTE = 2**20
-# 170 and 210 MiB were seen, most of them pages of libraries, which a fork maps anew when it needs them. Two threads
-# that held a tensor each would add 250. The embedding and the head are 125 MiB each; a matrix in fp32 is 16 MiB, the
-# temporaries of its quantization more.
+# The embedding and the head are 125 MiB each, so two threads that held one each would add 250 MiB. Seen are 170 and 210
+# in all, most of it pages of libraries, which a fork maps anew when it needs them.
 CONFIG = LLAMA_3_1_8B | {
     "vocab_size": 32000,
     "hidden_size": 2048,

@@ -6,8 +6,10 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from qvtune.base.source import ALL_DTYPES
 
 INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
+
+_FLUSH_SECONDS = 0.2
 
 # Name -> the tensor's elements in order, in 1-D pieces of the planned dtype.
 Pieces = Callable[[str], Iterable[torch.Tensor]]
@@ -90,7 +94,7 @@ def write_file(path: Path, plans: Sequence[TensorPlan], pieces: Pieces, num_thre
         os.truncate(descriptor, total)
         checksums = [_write_at(descriptor, torch.frombuffer(bytearray(header), dtype=torch.uint8), 0)]
         largest_first = sorted(plans, key=lambda plan: -plan.num_bytes)  # so that the threads end together
-        with ThreadPoolExecutor(num_threads) as pool:
+        with ThreadPoolExecutor(num_threads) as pool, _flushing(descriptor):
             try:
                 checksums += pool.map(
                     lambda plan: _write_tensor(descriptor, plan, pieces, offsets[plan.name]), largest_first
@@ -101,6 +105,24 @@ def write_file(path: Path, plans: Sequence[TensorPlan], pieces: Pieces, num_thre
         os.fsync(descriptor)
     os.replace(hidden, path)
     return WrittenFile(total, add_checksums(checksums))
+
+
+@contextmanager
+def _flushing(descriptor: int) -> Iterator[None]:
+    """Let the disk work while the tensors are computed, instead of only in the fsync behind them."""
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_SECONDS):
+            os.fdatasync(descriptor)
+
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+    flushed.result()  # an error of the disk is told only once, to whoever asks first
 
 
 def _layout(plans: Sequence[TensorPlan]) -> tuple[bytes, dict[str, int]]:

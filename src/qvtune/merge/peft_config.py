@@ -93,16 +93,22 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
 
     def _of_pattern(self, key: str, module: str, default: Any) -> Any:
+        pattern = self.values.get(key)
+        if not pattern:
+            return default
         from peft.utils.other import get_pattern_key
 
-        pattern = self.values.get(key) or {}
         return pattern.get(get_pattern_key(list(pattern), module), default)
 
     def targets(self, module: str) -> bool | None:
         """Whether a module is one that PEFT adapts; None where the configuration alone does not tell (all-linear)."""
+        defaults = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"))
+        targets = self.values.get("target_modules")
+        if isinstance(targets, list) and not any(self.values.get(key) for key in defaults):
+            # The ordinary case, without the seconds that PEFT takes to import.
+            return any(module == target or module.endswith(f".{target}") for target in targets)
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        defaults = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"))
         config = SimpleNamespace(**defaults | {"target_modules": None} | dict(self.values))
         if config.target_modules in (None, "all-linear"):
             return None
