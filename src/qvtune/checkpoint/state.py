@@ -41,7 +41,7 @@ def gather_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    # After an evaluation ZeRO-3 is still gathering what it would need next, and such parameters cannot be gathered here.
+    # After an evaluation ZeRO-3 is still gathering what it would need next; such parameters cannot be gathered here.
     engine.empty_partition_cache()
     _link_moments(engine.optimizer)
     state: dict[str, dict[str, torch.Tensor]] = {}
@@ -78,6 +78,8 @@ def save(
 
 def require_base(folder: Path, found: Fingerprint) -> None:
     """Raises UserError, naming the tensors, when a checkpoint was trained on another base than ``found``."""
+    if not (folder / _BASE).is_file():
+        raise UserError(f"{folder / _BASE} is missing: the base that was trained on cannot be checked")
     fingerprint.require_same(
         fingerprint.read(folder / _BASE),
         found,
