@@ -25,7 +25,7 @@ demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it eq
 	$(BIN)/python -m qvtune.demo
 
 test: env  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
