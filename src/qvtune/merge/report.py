@@ -24,6 +24,7 @@ class MergeReport:
     from what was trained; empty where there is no other. ``losses`` None: the proof had no rows with labels.
     """
 
+    format: str
     checkpoint: str
     step: int | None
     base: str
@@ -58,7 +59,9 @@ def rounding_warnings(updates: Iterable[MatrixUpdate], dtype: str) -> list[str]:
 def show(report: MergeReport, output: Path) -> None:
     """Print the proof and the size of the updates."""
     proof, limits = report.proof, report.proof.limits
-    table = Table(title=f"{output}: merged against base + adapter, {proof.positions} positions", title_justify="left")
+    table = Table(
+        title=f"{output}: {report.format} against base + adapter, {proof.positions} positions", title_justify="left"
+    )
     for heading in ("", "measured", "allowed"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("top-1 agreement", f"{proof.top1_agreement:.2%}", f">= {limits.top1_agreement:.0%}")

@@ -49,8 +49,8 @@ class Sides:
     other: Side | None
 
 
-def sides_of(task: "Task", folder: Path) -> Sides:
-    """The models around a merge that lies in ``folder``. The base is opened again: a merge sums up what it reads."""
+def sides_of(task: "Task", merged: Side) -> Sides:
+    """The models around a merge. The base is opened again: a merge sums up what it reads."""
     chosen = adapted_base(task.opened_as(task.base_weights), task.adapter)
     trained, other = chosen, None
     if task.other_choice is not None:
@@ -58,7 +58,7 @@ def sides_of(task: "Task", folder: Path) -> Sides:
         other = as_merged(opened, task.adapter, task.dtype)
         if task.other_choice == "dequantized":  # and quantized it was, since there is a choice
             trained = adapted_base(opened, task.adapter)
-    return Sides(Side(trained.names, trained.read), trained, chosen, merged_folder(folder), other)
+    return Sides(Side(trained.names, trained.read), trained, chosen, merged, other)
 
 
 def adapted_base(base: MergeBase, adapter: Adapter) -> Side:

@@ -77,7 +77,7 @@ def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: in
             write = partial(write_file, plans=shard, pieces=merger.pieces, num_threads=num_threads)
             partial_output.write(file, write, partial(_notes, task, merger, {plan.name for plan in shard}))
             console().print(f"{number}/{len(files)} {file}")
-    _require_base(task)
+    require_base(task)
     if len(files) > 1:
         write_json(partial_output.folder / INDEX, index_of(files))
     kinds = {plan.name: merger.kind(plan.name) for plan in plans}
@@ -92,7 +92,11 @@ def _notes(task: Task, merger: Merger, names: set[str]) -> dict[str, Any]:
     return {"updates": updates, "base": dict(task.base.weights.checksums)}
 
 
-def _require_base(task: Task) -> None:
+def require_base(task: Task) -> None:
+    """Compare all that has been read of the base with what the checkpoint was trained on, where it says so.
+
+    Raises UserError naming the tensors that differ, or that hold NaN or infinite values.
+    """
     content, expected = task.base.content(), task.source.fingerprint
     if expected is not None:
         advice = f"{task.source.path} was trained on another base; give that one"
