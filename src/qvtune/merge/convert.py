@@ -49,7 +49,8 @@ def convert(
 
     ``source`` is anything that ``open_source`` takes, with ``base`` and ``allow_pickle``. ``base_weights``: what the
     adapter is added to, and what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default
-    where it was), ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's.
+    where it was, but for ``bnb-4bit``), ``original`` = the base's own. ``dtype`` of the computed matrices:
+    ``auto`` = training's.
     ``proof_rows``: rows of the run's evaluation data that are compared as well (None: 8 where they can be found).
     ``num_threads`` None: as many as this process has cores; the bytes do not depend on it.
 
@@ -62,6 +63,8 @@ def convert(
     opened = open_source(source, base=base, allow_pickle=allow_pickle)
     task = open_task(opened, base_weights, dtype, allow_pickle=allow_pickle)
     chosen = output_format(format)
+    if base_weights is None and chosen.PREFERS is not None and task.other_choice == chosen.PREFERS:
+        task = open_task(opened, chosen.PREFERS, dtype, allow_pickle=allow_pickle)
     chosen.require(task)
     layered = _architecture(task)
     with partial_output(output, made_from(task, max_shard_bytes) | {"format": format}) as partial:
@@ -126,6 +129,7 @@ def _report(task: Task, format: FormatName, written: Written, result: "Result", 
         bytes=written.num_bytes,
         tensors=dict(Counter(written.kinds.values())),
         updates=written.updates,
+        kept=written.kept,
         proof=result.proof,
         from_training=result.from_training,
         losses=result.losses,

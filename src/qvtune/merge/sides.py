@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,8 +81,12 @@ def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
 def merged_folder(folder: Path) -> Side:
     """What has been written."""
     weights = open_weights(folder, any_dtype=True)
-    base = MergeBase(folder, weights, weights.tensors, {}, None)
-    return Side(weights.keys(), lambda name, first, last: _rows_of(base, name, first, last))
+    return as_stored(MergeBase(folder, weights, weights.tensors, {}, None))
+
+
+def as_stored(base: MergeBase, changes: Mapping[str, Change] = MappingProxyType({})) -> Side:
+    """A model of tensors as they are, those in 4 bits dequantized, and ``changes`` of some of them."""
+    return Side(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last), changes)
 
 
 def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> Side:

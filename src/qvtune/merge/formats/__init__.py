@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # transformers comes with them, and with the formats
     from qvtune.merge.output import PartialOutput
     from qvtune.merge.proof import Limits
     from qvtune.merge.sides import Sides
-    from qvtune.merge.task import Task
+    from qvtune.merge.task import BaseChoice, Task
     from qvtune.merge.write import Written
 
 FormatName = Literal["merged", "adapter", "bnb-4bit", "gguf"]
@@ -16,7 +16,9 @@ _MODULES = {"merged": "merged", "adapter": "peft_folder", "bnb-4bit": "four_bit"
 
 
 class OutputFormat(Protocol):
-    """The functions of such a module."""
+    """The functions of such a module. ``PREFERS``: the base weights where the user has not chosen; None: training's."""
+
+    PREFERS: "BaseChoice | None"
 
     def require(self, task: "Task") -> None:
         """Raises UserError, before anything is written, where this format cannot hold what was trained."""

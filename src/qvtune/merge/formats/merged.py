@@ -5,11 +5,14 @@ from pathlib import Path
 import torch
 
 from qvtune.base.companions import copy_companions
+from qvtune.files import write_json
 from qvtune.merge.output import PartialOutput
 from qvtune.merge.proof import EXACT, ROUNDED, Limits
 from qvtune.merge.sides import Sides, merged_folder, sides_of
-from qvtune.merge.task import Task
-from qvtune.merge.write import Written, write_config, write_weights
+from qvtune.merge.task import BaseChoice, Task
+from qvtune.merge.write import Written, merged_config, write_weights
+
+PREFERS: BaseChoice | None = None
 
 
 def require(task: Task) -> None:
@@ -20,7 +23,7 @@ def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads:
     """As ``OutputFormat``."""
     written = write_weights(partial, task, max_shard_bytes, num_threads)
     copy_companions(task.base.folder, partial.folder)
-    write_config(task, partial.folder)
+    write_json(partial.folder / "config.json", merged_config(task))
     return written
 
 

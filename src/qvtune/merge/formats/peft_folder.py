@@ -23,9 +23,10 @@ from qvtune.merge.output import PartialOutput, ProofError
 from qvtune.merge.proof import EXACT, Limits, skeleton
 from qvtune.merge.sides import Side, Sides, adapted_base
 from qvtune.merge.source import SavedAdapter, open_source
-from qvtune.merge.task import Task
+from qvtune.merge.task import BaseChoice, Task
 from qvtune.merge.write import Written, require_base
 
+PREFERS: BaseChoice | None = None
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHUNK_BYTES = 2**24
 _RELATIVE = 1e-6  # of a scaling: PEFT computes it in its own order
