@@ -21,8 +21,8 @@ class MergeReport:
 
     ``trained_on`` is the run's ``model.quantization``. ``tensors`` counts adapted, added, dequantized and copied ones;
     ``bytes`` are theirs. ``from_training``: how far this choice of base weights (``chosen``) and the ``other`` one are
-    from what was trained; empty where there is no other. ``losses`` None: the proof had no rows with labels. ``kept``: the share of the
-    updates that quantizing the merge has left; None where it was not.
+    from what was trained; empty where there is no other. ``losses`` None: the proof had no rows with labels.
+    ``kept``: the share of the updates that quantizing the merge has left; None where it was not.
     """
 
     format: str
