@@ -53,9 +53,9 @@ def test_it_is_the_merged_folder_quantized(make_run: MakeRun, tmp_path: Path, ti
 
 
 def test_plain_transformers_loads_it_and_computes_with_bitsandbytes_values(
-    make_run: MakeRun, llama_folder: Path, tmp_path: Path
+    make_run: MakeRun, llama_fp32_folder: Path, tmp_path: Path
 ) -> None:
-    run = make_run(llama_folder)
+    run = make_run(llama_fp32_folder)
     convert(run, tmp_path / "merged", base_weights="original")
     to_4bit(run, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(
