@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Merge a trained adapter into its base:  python launch/convert.py runs/demo/checkpoints/latest --output merged/
 
-Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json).
+Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json);
+or, with --format, the adapter alone for PEFT, a merged folder in 4 bits, or a file for llama.cpp.
 Started again after it was cut off (killed, a full disk) with the same arguments, it goes on where it was.
 Exit codes: 0 written and proved; 1 the proof failed, nothing was written; 2 the input is wrong.
 """
@@ -13,6 +14,7 @@ from typing import get_args
 
 from qvtune.cluster.command import run_alone
 from qvtune.merge.convert import DEFAULT_SHARD_BYTES, BaseChoice, DtypeChoice, convert
+from qvtune.merge.formats import FormatName
 
 
 def main() -> int:
@@ -22,6 +24,9 @@ def main() -> int:
         "source", type=Path, metavar="INPUT", help="checkpoint, run folder, PEFT adapter or DeepSpeed ZeRO folder"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
+    parser.add_argument(
+        "--format", choices=get_args(FormatName), default="merged", help="what DIR is to hold; default %(default)s"
+    )
     parser.add_argument(
         "--base-weights",
         choices=get_args(BaseChoice),

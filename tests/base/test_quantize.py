@@ -82,9 +82,9 @@ def test_killed_and_started_again_it_is_the_same_to_the_byte(
     assert subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == -9
     assert not output.exists()
     written: list[str] = []
-    write_shard = module._write_shard
+    write_shard = module.write_shard
     monkeypatch.setattr(
-        module, "_write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
+        module, "write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
     )
     quantize(llama_folder, output, max_shard_bytes=SMALL)
     assert contents(output) == contents(tmp_path / "straight")
@@ -119,7 +119,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path: Path, llama_fo
 def test_another_source_does_not_go_on_where_one_stopped(
     tmp_path: Path, llama_folder: Path, llama_fp32_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize(llama_folder, tmp_path / "nf4", max_shard_bytes=SMALL)
     with pytest.raises(UserError, match="made from another source or with other settings"):

@@ -31,11 +31,12 @@ def peft(run: Path, output: Path) -> float:
 def ours(choice: str, run: Path, output: Path) -> float:
     """This project's merge without its proof."""
     from qvtune.base.companions import copy_companions
+    from qvtune.files import write_json
     from qvtune.merge.convert import DEFAULT_SHARD_BYTES
     from qvtune.merge.output import partial_output
     from qvtune.merge.source import open_source
     from qvtune.merge.task import open_task
-    from qvtune.merge.write import made_from, write_config, write_weights
+    from qvtune.merge.write import made_from, merged_config, write_weights
 
     if choice == "dequantized":
         import qvtune.base.loader  # noqa: F401  # what the merge would import on its way
@@ -44,7 +45,7 @@ def ours(choice: str, run: Path, output: Path) -> float:
     with partial_output(output, made_from(task, DEFAULT_SHARD_BYTES)) as partial:
         write_weights(partial, task, DEFAULT_SHARD_BYTES, len(os.sched_getaffinity(0)))
         copy_companions(task.base.folder, partial.folder)
-        write_config(task, partial.folder)
+        write_json(partial.folder / "config.json", merged_config(task))
     return started
 
 

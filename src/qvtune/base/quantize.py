@@ -29,7 +29,7 @@ from qvtune.report.console import console
 
 _PROGRESS = "progress.json"
 DEFAULT_SHARD_BYTES = 1_000_000_000
-_Plan = dict[str, list[str]]  # output file -> tensors of the source, in the order in which that is read
+Plan = dict[str, list[str]]  # output file -> tensors of the source, in the order in which that is read
 
 
 def quantize(
@@ -46,21 +46,25 @@ def quantize(
     if base.stored:
         raise UserError(f"{source}: its matrices are stored in 4 bits already")
     partial = output.with_name(f"{output.name}.partial")
-    plan = _plan(base, max_shard_bytes)
+    plan = plan_shards(base, max_shard_bytes)
     progress = _open_progress(partial, base, plan, double_quant)
     for number, (file, names) in enumerate(plan.items(), start=1):
         if file not in progress["files"]:
-            _write_shard(partial / file, base, names)
-            progress["files"][file] = {"bytes": (partial / file).stat().st_size, "sha256": sha256(partial / file)}
+            write_shard(partial / file, base, names)
+            progress["files"][file] = manifest_entry(partial / file)
             progress["source"] |= {name: describe(base.weights, name) for name in names}
             _write_json(partial / _PROGRESS, progress)
         console().print(f"{number}/{len(plan)} {file}")
     require_unchanged(base.weights, progress["source"], cache_dir() / "bases")
-    _finish(source, partial, base, plan, progress)
+    copy_companions(source, partial)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    finish(partial, base, config, progress["files"], progress["source"])
+    (partial / _PROGRESS).unlink()
     os.rename(partial, output)
 
 
-def _plan(base: Base, max_shard_bytes: int) -> _Plan:
+def plan_shards(base: Base, max_shard_bytes: int) -> Plan:
+    """Which tensors of ``base`` go into which file, in the order in which they lie in its own."""
     quantized = base.quantized()
     shards: list[list[str]] = [[]]
     size = 0
@@ -77,7 +81,7 @@ def _plan(base: Base, max_shard_bytes: int) -> _Plan:
     return dict(zip(["model.safetensors"] if count == 1 else names, shards, strict=True))
 
 
-def _open_progress(partial: Path, base: Base, plan: _Plan, double_quant: bool) -> dict[str, Any]:
+def _open_progress(partial: Path, base: Base, plan: Plan, double_quant: bool) -> dict[str, Any]:
     """What an earlier start has finished, verified; the settings it was made with must be the same."""
     headers = {tensor.name: [str(tensor.dtype), *tensor.shape] for tensor in base.weights.values()}
     settings = {"double_quant": double_quant, "plan": plan, "headers": headers}
@@ -95,7 +99,8 @@ def _open_progress(partial: Path, base: Base, plan: _Plan, double_quant: bool) -
     return progress
 
 
-def _write_shard(path: Path, base: Base, names: Sequence[str]) -> None:
+def write_shard(path: Path, base: Base, names: Sequence[str]) -> None:
+    """One file, which appears whole. Raises UserError naming tensors with values that are not finite."""
     quantized = base.quantized()
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
@@ -148,18 +153,24 @@ def _description(stored: StoredTensor, layout: Layout, offset: torch.Tensor) -> 
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def _finish(source: Path, partial: Path, base: Base, plan: _Plan, progress: dict[str, Any]) -> None:
-    """Everything but the weights: index, config.json, tokenizer, manifest."""
-    written = read_headers([partial / file for file in plan])
-    if len(plan) > 1:
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def finish(
+    folder: Path, base: Base, config: dict[str, Any], files: dict[str, dict[str, Any]], source: Fingerprint
+) -> None:
+    """Index, config.json and manifest of a folder whose ``files`` are written, from ``config`` of ``source``."""
+    written = read_headers([folder / file for file in files])
+    if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.num_bytes for tensor in written.values())},
             "weight_map": {tensor.name: tensor.file.name for tensor in written.values()},
         }
-        _write_json(partial / "model.safetensors.index.json", index)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        _write_json(folder / "model.safetensors.index.json", index)
     double_quant = next(iter(base.quantized().values())).double_quant
-    config["quantization_config"] = {
+    quantization = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
@@ -167,16 +178,13 @@ def _finish(source: Path, partial: Path, base: Base, plan: _Plan, progress: dict
         "bnb_4bit_compute_dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
     }
-    _write_json(partial / "config.json", config)
-    copy_companions(source, partial)
-    manifest = {"files": progress["files"], "source": progress["source"], "tensors": _contents(partial)}
-    _write_json(partial / MANIFEST, manifest)
-    (partial / _PROGRESS).unlink()
+    _write_json(folder / "config.json", {**config, "quantization_config": quantization})
+    _write_json(folder / MANIFEST, {"files": files, "source": source, "tensors": _contents(folder)})
 
 
-def _contents(partial: Path) -> Fingerprint:
+def _contents(folder: Path) -> Fingerprint:
     """Fingerprint of the written tensors, read back from the files."""
-    weights = open_weights(partial)
+    weights = open_weights(folder)
     for name, tensor in weights.items():
         weights.read_bytes(name, 0, tensor.num_bytes)
     return {name: describe(weights, name) for name in sorted(weights)}

@@ -13,7 +13,7 @@ from qvtune.merge.task import Task
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(report: MergeReport, task: Task, title: str) -> str:
+def model_card(report: MergeReport, task: Task, title: str, how_to_load: str) -> str:
     """Front matter and one section each for base, data, method, losses, proof, versions, and how to load it."""
     sections = {
         "Base": _base(report, task),
@@ -22,15 +22,16 @@ def model_card(report: MergeReport, task: Task, title: str) -> str:
         "Losses": _losses(report, task),
         "Proof": _proof(report),
         "Versions": _bullets(f"{name} {version}" for name, version in report.versions.items()),
-        "How to load": _how_to_load(task, title),
+        "How to load": how_to_load,
     }
     body = "\n\n".join(f"## {name}\n\n{text}" for name, text in sections.items())
-    return f"---\n{yaml.safe_dump(_front_matter(task), sort_keys=False)}---\n\n# {title}\n\n{body}\n"
+    return f"---\n{yaml.safe_dump(_front_matter(report, task), sort_keys=False)}---\n\n# {title}\n\n{body}\n"
 
 
-def _front_matter(task: Task) -> dict[str, Any]:
+def _front_matter(report: MergeReport, task: Task) -> dict[str, Any]:
     """``base_model`` only where the hub can find it; the licence is that of the base, where its own card names one."""
-    matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": _pipeline(task), "tags": _tags(task)}
+    library = {"adapter": "peft", "gguf": "gguf"}.get(report.format, "transformers")
+    matter: dict[str, Any] = {"library_name": library, "pipeline_tag": _pipeline(task), "tags": _tags(report, task)}
     base = task.model.name_or_path
     if _HUB_ID.fullmatch(base) and not Path(base).exists():
         matter = {"base_model": base} | matter
@@ -54,9 +55,9 @@ def _pipeline(task: Task) -> str:
     return "text-classification" if task.is_classifier else "text-generation"
 
 
-def _tags(task: Task) -> list[str]:
+def _tags(report: MergeReport, task: Task) -> list[str]:
     method = (task.adapter.peft_config or {}).get("peft_type")
-    return ["qvtune", "merged", *([str(method).lower()] if method else [])]
+    return ["qvtune", report.format, *([str(method).lower()] if method else [])]
 
 
 def _base(report: MergeReport, task: Task) -> str:
@@ -116,8 +117,9 @@ def _losses(report: MergeReport, task: Task) -> str:
 def _proof(report: MergeReport) -> str:
     proof = report.proof
     lines = [
-        f"merged against base + adapter on {proof.positions} positions: top-1 agreement {proof.top1_agreement:.2%}, "
-        f"KL {proof.mean_kl:.1e} nats, logits differ by {proof.mean_abs_difference:.1e} on average and "
+        f"{report.format} against base + adapter on {proof.positions} positions: "
+        f"top-1 agreement {proof.top1_agreement:.2%}, KL {proof.mean_kl:.1e} nats, "
+        f"logits differ by {proof.mean_abs_difference:.1e} on average and "
         f"{proof.max_abs_difference:.1e} at most"
     ]
     names = {"chosen": "this merge against what was trained", "other": "with the other choice of base weights"}
@@ -127,15 +129,6 @@ def _proof(report: MergeReport) -> str:
     ]
     lines += [f"warning: {warning}" for warning in report.warnings]
     return f"{_bullets(lines)}\n\nEvery number is in `merge_report.json`."
-
-
-def _how_to_load(task: Task, title: str) -> str:
-    architecture = "AutoModelForSequenceClassification" if task.is_classifier else "AutoModelForCausalLM"
-    return (
-        f"```python\nfrom transformers import {architecture}, AutoTokenizer\n\n"
-        f'model = {architecture}.from_pretrained("{title}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}")\n```'
-    )
 
 
 def _trajectory(task: Task) -> Mapping[str, Any]:

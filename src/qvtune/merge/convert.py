@@ -8,18 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 import qvtune
-from qvtune.base.companions import copy_companions
 from qvtune.data import IGNORE_INDEX
 from qvtune.errors import UserError
 from qvtune.files import write_json
 from qvtune.memory import return_freed_memory
-from qvtune.merge.output import partial_output, require_free
+from qvtune.merge.formats import FormatName, OutputFormat, output_format
+from qvtune.merge.output import ProofError, partial_output, require_free
 from qvtune.merge.source import open_source
 from qvtune.merge.task import BaseChoice, DtypeChoice, Task, open_task
-from qvtune.merge.write import Written, made_from, write_config, write_weights
+from qvtune.merge.write import Written, made_from
 from qvtune.report.console import console
 
 if TYPE_CHECKING:  # imported where they are used: they bring transformers, which the merge itself does without
@@ -29,12 +27,6 @@ if TYPE_CHECKING:  # imported where they are used: they bring transformers, whic
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _VERSIONS = ("bitsandbytes", "peft", "safetensors", "torch", "transformers")
-
-
-class ProofError(UserError):
-    """The merged model does not compute what base and adapter compute."""
-
-    exit_code = 1
 
 
 def convert(
@@ -48,12 +40,17 @@ def convert(
     num_threads: int | None = None,
     base: str | None = None,
     allow_pickle: bool = False,
+    format: FormatName = "merged",
 ) -> "MergeReport":
     """Merge the adapter of a checkpoint into its base; ``output`` then loads with ``AutoModelForCausalLM``.
 
+    ``format`` other than ``merged``: ``adapter`` = the adapter alone, for PEFT; ``bnb-4bit`` = merged and quantized
+    again; ``gguf`` = merged, for llama.cpp.
+
     ``source`` is anything that ``open_source`` takes, with ``base`` and ``allow_pickle``. ``base_weights``: what the
     adapter is added to, and what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default
-    where it was), ``original`` = the base's own. ``dtype`` of the computed matrices: ``auto`` = training's.
+    where it was, but for ``bnb-4bit``), ``original`` = the base's own. ``dtype`` of the computed matrices:
+    ``auto`` = training's.
     ``proof_rows``: rows of the run's evaluation data that are compared as well (None: 8 where they can be found).
     ``num_threads`` None: as many as this process has cores; the bytes do not depend on it.
 
@@ -65,16 +62,18 @@ def convert(
     require_free(output)
     opened = open_source(source, base=base, allow_pickle=allow_pickle)
     task = open_task(opened, base_weights, dtype, allow_pickle=allow_pickle)
+    chosen = output_format(format)
+    if base_weights is None and chosen.PREFERS is not None and task.other_choice == chosen.PREFERS:
+        task = open_task(opened, chosen.PREFERS, dtype, allow_pickle=allow_pickle)
+    chosen.require(task)
     layered = _architecture(task)
-    with partial_output(output, made_from(task, max_shard_bytes)) as partial:
+    with partial_output(output, made_from(task, max_shard_bytes) | {"format": format}) as partial:
         console().print(f"merging {task.source.path} into {task.base.folder}: {len(task.base.tensors)} tensors")
-        written = write_weights(partial, task, max_shard_bytes, num_threads or len(os.sched_getaffinity(0)))
-        copy_companions(task.base.folder, partial.folder)
-        write_config(task, partial.folder)
+        written = chosen.write(partial, task, max_shard_bytes, num_threads or len(os.sched_getaffinity(0)))
         return_freed_memory()
-        result = _prove(task, layered, partial.folder, proof_rows)
-        report = _report(task, written, result, time.monotonic() - started)
-        _finish(report, task, partial.folder, output)
+        result = _prove(task, layered, chosen, partial.folder, proof_rows)
+        report = _report(task, format, written, result, time.monotonic() - started)
+        _finish(report, task, chosen, partial.folder, output)
     return report
 
 
@@ -99,33 +98,26 @@ def _architecture(task: Task) -> "LayeredModel":
     return layered
 
 
-def _prove(task: Task, layered: "LayeredModel", folder: Path, num_rows: int | None) -> "Result":
+def _prove(task: Task, layered: "LayeredModel", chosen: OutputFormat, folder: Path, num_rows: int | None) -> "Result":
     from transformers import AutoTokenizer
 
-    from qvtune.merge.proof import EXACT, ROUNDED, prove
-    from qvtune.merge.sides import sides_of
+    from qvtune.merge.proof import prove
     from qvtune.merge.texts import Text, evaluation_rows, fixed_prompts
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=task.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(task.base.folder, trust_remote_code=task.model.trust_remote_code)
     run = task.source.path if task.source.state is not None else None
     texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
     if task.is_classifier:  # one position of logits a text: those of the classes
         texts = [Text(text.ids, [IGNORE_INDEX]) for text in texts]
-    return prove(layered, sides_of(task, folder), texts, EXACT if _keeps_all_bits(task) else ROUNDED)
+    return prove(layered, chosen.sides(task, folder), texts, chosen.limits(task))
 
 
-def _keeps_all_bits(task: Task) -> bool:
-    """Whether neither the merge nor training has rounded any weight to 16 bits."""
-    trained = task.adapter.dtype
-    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.base.weights.values())
-    return as_stored and task.dtype == torch.float32
-
-
-def _report(task: Task, written: Written, result: "Result", seconds: float) -> "MergeReport":
+def _report(task: Task, format: FormatName, written: Written, result: "Result", seconds: float) -> "MergeReport":
     from qvtune.merge.report import MergeReport, rounding_warnings
 
     dtype = str(task.dtype).removeprefix("torch.")
     return MergeReport(
+        format=format,
         checkpoint=str(task.source.path),
         step=task.source.step,
         base=task.model.name_or_path,
@@ -137,6 +129,7 @@ def _report(task: Task, written: Written, result: "Result", seconds: float) -> "
         bytes=written.num_bytes,
         tensors=dict(Counter(written.kinds.values())),
         updates=written.updates,
+        kept=written.kept,
         proof=result.proof,
         from_training=result.from_training,
         losses=result.losses,
@@ -146,7 +139,7 @@ def _report(task: Task, written: Written, result: "Result", seconds: float) -> "
     )
 
 
-def _finish(report: "MergeReport", task: Task, folder: Path, output: Path) -> None:
+def _finish(report: "MergeReport", task: Task, chosen: OutputFormat, folder: Path, output: Path) -> None:
     """Show the report; write it and the model card, or raise ProofError."""
     from qvtune.merge.card import model_card
     from qvtune.merge.report import show
@@ -155,4 +148,5 @@ def _finish(report: "MergeReport", task: Task, folder: Path, output: Path) -> No
     if not report.proof.passed:
         raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
     write_json(folder / "merge_report.json", asdict(report))
-    (folder / "README.md").write_text(model_card(report, task, output.name), encoding="utf-8")
+    card = model_card(report, task, output.name, chosen.how_to_load(task, output.name))
+    (folder / "README.md").write_text(card, encoding="utf-8")

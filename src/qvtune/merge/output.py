@@ -28,6 +28,12 @@ class DiskFullError(UserError):
     """There is no room; what has been written stays, and the next start goes on."""
 
 
+class ProofError(UserError):
+    """What was written does not compute what base and adapter compute."""
+
+    exit_code = 1
+
+
 def require_free(output: Path) -> None:
     """Raise UserError where ``output`` is anything but missing or an empty folder."""
     if output.is_dir():

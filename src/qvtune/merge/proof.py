@@ -102,6 +102,14 @@ def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: boo
 
     Raises UserError where a proof cannot be computed for it.
     """
+    return LayeredModel(skeleton(folder, changes, trust_remote_code))
+
+
+def skeleton(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """The transformers model of a folder's config.json with ``changes``, its parameters on the meta device.
+
+    Raises UserError for a config.json that transformers does not know.
+    """
     import transformers
     from accelerate import init_empty_weights
 
@@ -124,6 +132,6 @@ def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: boo
     )
     architecture: Any = getattr(transformers, f"AutoModel{kind}")
     with init_empty_weights(include_buffers=False):
-        skeleton = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    skeleton.tie_weights()  # undone by the context, which makes a parameter anew where it is set
-    return LayeredModel(skeleton)
+        model = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # undone by the context, which makes a parameter anew where it is set
+    return model

@@ -22,8 +22,10 @@ class MergeReport:
     ``trained_on`` is the run's ``model.quantization``. ``tensors`` counts adapted, added, dequantized and copied ones;
     ``bytes`` are theirs. ``from_training``: how far this choice of base weights (``chosen``) and the ``other`` one are
     from what was trained; empty where there is no other. ``losses`` None: the proof had no rows with labels.
+    ``kept``: the share of the updates that quantizing the merge has left; None where it was not.
     """
 
+    format: str
     checkpoint: str
     step: int | None
     base: str
@@ -35,6 +37,7 @@ class MergeReport:
     bytes: int
     tensors: dict[str, int]
     updates: list[MatrixUpdate]
+    kept: float | None
     proof: Proof
     from_training: dict[str, Difference]
     losses: Losses | None
@@ -58,7 +61,9 @@ def rounding_warnings(updates: Iterable[MatrixUpdate], dtype: str) -> list[str]:
 def show(report: MergeReport, output: Path) -> None:
     """Print the proof and the size of the updates."""
     proof, limits = report.proof, report.proof.limits
-    table = Table(title=f"{output}: merged against base + adapter, {proof.positions} positions", title_justify="left")
+    table = Table(
+        title=f"{output}: {report.format} against base + adapter, {proof.positions} positions", title_justify="left"
+    )
     for heading in ("", "measured", "allowed"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("top-1 agreement", f"{proof.top1_agreement:.2%}", f">= {limits.top1_agreement:.0%}")
@@ -68,6 +73,8 @@ def show(report: MergeReport, output: Path) -> None:
     table.add_row("mean KL(adapted || merged)", f"{proof.mean_kl:.2e} nats", f"<= {limits.mean_kl:.0e}")
     for name, difference in _by_choice(report).items():
         table.add_row(f"what was trained -> {name}", difference)
+    if report.kept is not None:
+        table.add_row("updates left after quantizing", f"{report.kept:.1%}", "100%")
     if report.losses is not None:
         losses = report.losses
         table.add_row("loss before, adapted, merged", f"{losses.before:.4f}, {losses.adapted:.4f}, {losses.merged:.4f}")

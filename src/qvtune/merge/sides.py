@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,8 +50,8 @@ class Sides:
     other: Side | None
 
 
-def sides_of(task: "Task", folder: Path) -> Sides:
-    """The models around a merge that lies in ``folder``. The base is opened again: a merge sums up what it reads."""
+def sides_of(task: "Task", merged: Side) -> Sides:
+    """The models around a merge. The base is opened again: a merge sums up what it reads."""
     chosen = adapted_base(task.opened_as(task.base_weights), task.adapter)
     trained, other = chosen, None
     if task.other_choice is not None:
@@ -58,7 +59,7 @@ def sides_of(task: "Task", folder: Path) -> Sides:
         other = as_merged(opened, task.adapter, task.dtype)
         if task.other_choice == "dequantized":  # and quantized it was, since there is a choice
             trained = adapted_base(opened, task.adapter)
-    return Sides(Side(trained.names, trained.read), trained, chosen, merged_folder(folder), other)
+    return Sides(Side(trained.names, trained.read), trained, chosen, merged, other)
 
 
 def adapted_base(base: MergeBase, adapter: Adapter) -> Side:
@@ -80,8 +81,12 @@ def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
 def merged_folder(folder: Path) -> Side:
     """What has been written."""
     weights = open_weights(folder, any_dtype=True)
-    base = MergeBase(folder, weights, weights.tensors, {}, None)
-    return Side(weights.keys(), lambda name, first, last: _rows_of(base, name, first, last))
+    return as_stored(MergeBase(folder, weights, weights.tensors, {}, None))
+
+
+def as_stored(base: MergeBase, changes: Mapping[str, Change] = MappingProxyType({})) -> Side:
+    """A model of tensors as they are, those in 4 bits dequantized, and ``changes`` of some of them."""
+    return Side(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last), changes)
 
 
 def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> Side:

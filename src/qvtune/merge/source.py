@@ -35,12 +35,28 @@ _KINDS = (
 
 
 @dataclass(frozen=True)
+class SavedAdapter:
+    """What PEFT saved, or would have: its configuration, and its tensors under the names of any of its versions.
+
+    ``where`` the tensors come from is for messages.
+    """
+
+    where: str
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+
+    def adapter(self, base: Mapping[str, StoredTensor]) -> Adapter:
+        """What is to be done to ``base``. Raises UserError listing all that does not fit."""
+        return peft_adapter(self.where, self.config, self.tensors, base)
+
+
+@dataclass(frozen=True)
 class Source:
     """What was trained, found and verified, not yet compared with its base.
 
     ``model`` is the base as trained on, as far as known; ``dtype`` the compute dtype of training (None: not known);
     ``state`` and ``fingerprint`` (of the base) are there for checkpoints of ours. ``read`` gives the adapter for the
-    base's tensors.
+    base's tensors; ``saved`` is what it comes from, unless matrices themselves were trained.
     """
 
     path: Path
@@ -51,6 +67,7 @@ class Source:
     state: TrainerState | None
     fingerprint: Fingerprint | None
     read: Callable[[Mapping[str, StoredTensor]], Adapter]
+    saved: SavedAdapter | None = None
 
     def adapter(self, base: Mapping[str, StoredTensor]) -> Adapter:
         """What is to be done to ``base``. Raises UserError listing all that does not fit."""
@@ -90,12 +107,12 @@ def _open_ours(folder: Path, base: str | None) -> Source:
     if base is not None:
         model = model.model_copy(update={"name_or_path": base})
     is_full = (folder / _FULL).is_file()
+    saved = None
     if is_full:
         dtype, read = trained_dtype(folder / _FULL), _full_reader(folder / _FULL)
     else:
-        stored = load_file(folder / _SAFE)
-        dtype = next((tensor.dtype for tensor in stored.values()), torch.float32)
-        read = _peft_reader(str(folder / _SAFE), _read_config(folder / _CONFIG), stored)
+        saved = SavedAdapter(str(folder / _SAFE), _read_config(folder / _CONFIG), load_file(folder / _SAFE))
+        dtype, read = next((tensor.dtype for tensor in saved.tensors.values()), torch.float32), saved.adapter
     return Source(
         path=folder,
         kind="full" if is_full else "checkpoint",
@@ -105,6 +122,7 @@ def _open_ours(folder: Path, base: str | None) -> Source:
         state=state,
         fingerprint=fingerprint.read(folder / "base.json"),
         read=read,
+        saved=saved,
     )
 
 
@@ -119,7 +137,7 @@ def _open_peft(folder: Path, base: str | None, allow_pickle: bool) -> Source:
     else:
         stored = _read_pickle(folder / _PICKLE, allow_pickle)
         file = folder / _PICKLE
-    return _foreign(folder, "peft", config, base, _step(folder), _peft_reader(str(file), config, stored))
+    return _foreign(folder, "peft", base, _step(folder), SavedAdapter(str(file), config, stored))
 
 
 def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -152,18 +170,12 @@ def _open_deepspeed(folder: Path, base: str | None, allow_pickle: bool) -> Sourc
             "checkpoint of a model trained without PEFT cannot be converted; DeepSpeed's zero_to_fp32.py can)"
         )
     config, opened = _read_config(config_file), open_zero(folder)
-    return _foreign(folder, "deepspeed", config, base, opened.step, _peft_reader(str(folder), config, opened.tensors()))
+    return _foreign(folder, "deepspeed", base, opened.step, SavedAdapter(str(folder), config, opened.tensors()))
 
 
-def _foreign(
-    folder: Path,
-    kind: Kind,
-    config: PeftConfig,
-    base: str | None,
-    step: int | None,
-    read: Callable[[Mapping[str, StoredTensor]], Adapter],
-) -> Source:
+def _foreign(folder: Path, kind: Kind, base: str | None, step: int | None, saved: SavedAdapter) -> Source:
     """A source that does not say what its base was trained as: taken for the original weights."""
+    config = saved.config
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{config.path}: names no base (base_model_name_or_path); give it with --base")
@@ -174,13 +186,7 @@ def _foreign(
             f"--revision {revision}`) and give its folder with --base"
         )
     model = ModelSection(name_or_path=name, quantization="none")
-    return Source(folder, kind, model, dtype=None, step=step, state=None, fingerprint=None, read=read)
-
-
-def _peft_reader(
-    where: str, config: PeftConfig, stored: Mapping[str, Tensor]
-) -> Callable[[Mapping[str, StoredTensor]], Adapter]:
-    return lambda base: peft_adapter(where, config, stored, base)
+    return Source(folder, kind, model, None, step, state=None, fingerprint=None, read=saved.adapter, saved=saved)
 
 
 def _full_reader(file: Path) -> Callable[[Mapping[str, StoredTensor]], Adapter]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,14 @@ from qvtune.report.console import console
 
 @dataclass(frozen=True)
 class Written:
-    """The weights as they lie in the folder; ``kinds``: what became of each tensor."""
+    """The weights as they lie in the folder. ``kinds``: what became of each tensor; ``kept``: the share of the updates
+    that is left in 4 bits, None elsewhere."""
 
     files: list[str]
     num_bytes: int
     kinds: Mapping[str, str]
     updates: list[MatrixUpdate]
+    kept: float | None = None
 
 
 def made_from(task: Task, max_shard_bytes: int) -> dict[str, Any]:
@@ -68,16 +69,13 @@ def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: in
     plans = merger.plan()
     files = plan_files(plans, max_shard_bytes)
     partial_output.require_room(files)
-    for notes in partial_output.notes():
-        task.base.weights.checksums.update(notes["base"])
-        merger.updates |= {entry["name"]: MatrixUpdate(**entry) for entry in notes["updates"]}
-
+    recall(partial_output, task, merger)
     with _one_thread_each():  # all cores are busy with tensors of their own
         for number, (file, shard) in enumerate(files.items(), start=1):
             write = partial(write_file, plans=shard, pieces=merger.pieces, num_threads=num_threads)
-            partial_output.write(file, write, partial(_notes, task, merger, {plan.name for plan in shard}))
+            partial_output.write(file, write, partial(notes, task, merger, {plan.name for plan in shard}))
             console().print(f"{number}/{len(files)} {file}")
-    _require_base(task)
+    require_base(task)
     if len(files) > 1:
         write_json(partial_output.folder / INDEX, index_of(files))
     kinds = {plan.name: merger.kind(plan.name) for plan in plans}
@@ -85,14 +83,25 @@ def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: in
     return Written(list(files), sum(plan.num_bytes for plan in plans), kinds, updates)
 
 
-def _notes(task: Task, merger: Merger, names: set[str]) -> dict[str, Any]:
+def recall(partial_output: PartialOutput, task: Task, merger: Merger) -> None:
+    """Take over what an earlier start has noted of the files that it finished."""
+    for noted in partial_output.notes():
+        task.base.weights.checksums.update(noted["base"])
+        merger.updates |= {entry["name"]: MatrixUpdate(**entry) for entry in noted["updates"]}
+
+
+def notes(task: Task, merger: Merger, names: set[str]) -> dict[str, Any]:
     """What the next start has to know of the tensors of a file that it will not read again."""
     task.base.require_finite()
     updates = [asdict(merger.updates[name]) for name in sorted(names & merger.updates.keys())]
     return {"updates": updates, "base": dict(task.base.weights.checksums)}
 
 
-def _require_base(task: Task) -> None:
+def require_base(task: Task) -> None:
+    """Compare all that has been read of the base with what the checkpoint was trained on, where it says so.
+
+    Raises UserError naming the tensors that differ, or that hold NaN or infinite values.
+    """
     content, expected = task.base.content(), task.source.fingerprint
     if expected is not None:
         advice = f"{task.source.path} was trained on another base; give that one"
@@ -109,10 +118,10 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def write_config(task: Task, folder: Path) -> None:
+def merged_config(task: Task) -> dict[str, Any]:
     """The base's config.json for the merged weights, which are to be computed with in ``task.dtype``."""
-    config = json.loads((task.base.folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((task.base.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # what "dtype" was called before transformers 4.56
     config.pop("quantization_config", None)
     dtype = str(task.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**config, **task.settings, "dtype": dtype})
+    return {**config, **task.settings, "dtype": dtype}
