@@ -35,9 +35,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a test leaves there is not found by the next run, whose folders may have the same names."""
+def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of its own, as the folders of the next run may have the same names; lines as wide as in a log file."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)  # set for pytest's workers
         patch.setenv("QVTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
