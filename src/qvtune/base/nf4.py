@@ -9,8 +9,7 @@ only if their dtype is the same. Bits are never converted.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from bitsandbytes import functional as bnb
 from torch import nn
 
 from qvtune.base.shard import Placement, Shard
+from qvtune.threads import one_thread
 
 BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # absmax values that share a scale
@@ -93,7 +93,8 @@ def quantize_shard(
     offset = torch.zeros((), device=device)
     contents = {"weight": codes[start - first_block * BLOCK_BYTES : end - first_block * BLOCK_BYTES]}
     if layout.double_quant:
-        with _one_thread():
+        # A sum's last bit depends on how many threads share it; the same base must have the same bits everywhere.
+        with one_thread():
             offset = absmax.mean()
         start, end = layout.byte_span("absmax", shard)
         contents["absmax"] = _nested(absmax, offset, start, end)[0]
@@ -158,17 +159,6 @@ def as_storage(piece: torch.Tensor, storage: torch.dtype, numel: int) -> torch.T
     padded = piece.new_zeros(numel * storage.itemsize)
     padded[: piece.numel()] = piece
     return padded.view(storage)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A sum's last bit depends on how many threads share it; the same base must have the same bits everywhere."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 @lru_cache

@@ -1,8 +1,7 @@
 """Writing the merged weights: file after file, several tensors at a time, nothing twice."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from qvtune.merge.output import PartialOutput
 from qvtune.merge.task import Task
 from qvtune.merge.tensors import MatrixUpdate, Merger
 from qvtune.report.console import console
+from qvtune.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: in
     files = plan_files(plans, max_shard_bytes)
     partial_output.require_room(files)
     recall(partial_output, task, merger)
-    with _one_thread_each():  # all cores are busy with tensors of their own
+    with one_thread():  # all cores are busy with tensors of their own
         for number, (file, shard) in enumerate(files.items(), start=1):
             write = partial(write_file, plans=shard, pieces=merger.pieces, num_threads=num_threads)
             partial_output.write(file, write, partial(notes, task, merger, {plan.name for plan in shard}))
@@ -106,16 +106,6 @@ def require_base(task: Task) -> None:
     if expected is not None:
         advice = f"{task.source.path} was trained on another base; give that one"
         fingerprint.require_same(expected, content, "the base (model.name_or_path)", advice)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def merged_config(task: Task) -> dict[str, Any]:
