@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import make_model_folder, make_tokenizer
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers look at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For several workers (``-n``): a folder's tests stay together, as they share costly fixtures, and long ones begin.
 
