@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint lock flash-attn clean
+.PHONY: help env demo test test-slurm test-others lint lock flash-attn clean
 
 PYTHON ?= python3
 TORCH := 2.13.0
@@ -24,8 +24,15 @@ env: $(READY)  ## create or update .venv from requirements.lock (TORCH_BACKEND=c
 demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it equal
 	$(BIN)/python -m qvtune.demo
 
+# Side by side: those of Slurm mostly wait for it to notice what has happened.
 test: env  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-slurm test-others
+
+test-slurm: env
+	$(BIN)/python -m pytest tests/slurm
+
+test-others: env
+	$(BIN)/python -m pytest --ignore=tests/slurm
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -10,22 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import make_model_folder, make_tokenizer
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers look at the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several workers (``-n``): a folder's tests stay together, as they share costly fixtures, and long ones begin.
-
-    Those of tests/slurm wait most of the time, for Slurm to notice what has happened to it.
-    """
-    first = ("slurm", "distributed", "launch", "merge")
-
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(Path(__file__).parent).parts[0]
-
-    items.sort(key=lambda item: first.index(folder(item)) if folder(item) in first else len(first))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(folder(item)))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Everything here is too small to share; threads that wait for each other take many times longer."""
@@ -39,7 +23,7 @@ def _one_thread() -> Iterator[None]:
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of its own, as the folders of the next run may have the same names; lines as wide as in a log file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("COLUMNS", raising=False)  # set for pytest's workers
+        patch.delenv("COLUMNS", raising=False)
         patch.setenv("QVTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
