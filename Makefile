@@ -28,10 +28,10 @@ demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it eq
 test: env  ## the whole test suite
 	$(MAKE) --jobs=2 --keep-going --output-sync=target test-slurm test-others
 
-test-slurm: env
+test-slurm: env  ## those in a Slurm cluster of their own (tests/slurm)
 	$(BIN)/python -m pytest tests/slurm
 
-test-others: env
+test-others: env  ## all the others
 	$(BIN)/python -m pytest --ignore=tests/slurm
 
 lint: env  ## ruff and mypy
