@@ -81,3 +81,15 @@ def test_a_run_has_finished_when_its_record_says_so(tmp_path: Path, last: str, c
     (tmp_path / "metrics.jsonl").write_text('{"event": "run_end", "reason": "completed"}\n' * bool(last) + last)
     assert batch.main(["finished", str(tmp_path)]) == code
     assert batch.main(["finished", str(tmp_path / "nowhere")]) == 1
+
+
+def test_jobs_that_start_together_look_for_ports_far_apart(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between looking and listening pass seconds, in which the next task of an array must not find the same."""
+    ports = []
+    for job in ("14", "15"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert batch.main(["prepare", str(recipe)]) == 0
+        ports.append(int(capsys.readouterr().out.splitlines()[0]))
+    assert abs(ports[1] - ports[0]) > 50

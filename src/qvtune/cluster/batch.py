@@ -16,6 +16,7 @@ from qvtune.errors import UserError
 
 # Below the range from which Linux takes the ports of outgoing connections, one of which could come in between.
 _PORTS = range(20_000, 32_000)
+_APART = 97  # ports between those of two jobs with consecutive numbers, which may start on one host at the same moment
 
 
 def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
         return error.exit_code
-    sys.stdout.write(f"{free_port(int(os.environ['SLURM_JOB_ID']))}\n{run_dir}\n")
+    sys.stdout.write(f"{free_port(_APART * int(os.environ['SLURM_JOB_ID']))}\n{run_dir}\n")
     return 0
 
 
