@@ -8,6 +8,7 @@ import pytest
 
 from qvtune.memory import peak_rss_bytes
 from qvtune.merge import convert as conversion
+from qvtune.merge.formats import merged
 from qvtune.merge.proof import empty_model
 from tests.base.one_of_many import resident_bytes_now
 from tests.base.sparse import LLAMA_3_1_8B, make_sparse_folder
@@ -40,8 +41,8 @@ def test_a_merge_never_holds_its_largest_tensor(
             (tmp_path / "added").write_text(str(peak_rss_bytes() - idle))
             os._exit(0)
 
-        monkeypatch.setattr(conversion, "copy_companions", end)  # behind the weights
         try:
+            monkeypatch.setattr(merged, "copy_companions", end)  # behind the weights
             conversion.convert(run, tmp_path / "merged", dtype="bfloat16", num_threads=2)
         finally:
             os._exit(70)

@@ -148,7 +148,9 @@ def test_too_little_room_is_said_before_anything_is_written(
 def interrupted(run: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
     """All weights are written, nothing behind them."""
     with monkeypatch.context() as patch:
-        patch.setattr("qvtune.merge.convert.copy_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "qvtune.merge.formats.merged.copy_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             convert(run, output, max_shard_bytes=SMALL, **options)  # type: ignore[arg-type]
 

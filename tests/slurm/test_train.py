@@ -96,7 +96,8 @@ def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
     done = site.cluster.wait(job, timeout=200)
     assert (done.state, done.code, done.restarts) == ("FAILED", 75, 1), done.story
     assert "not started again: it has been 1 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
-    assert not site.lab.run_dir("capped-by-slurm/metrics.jsonl").exists()
+    record = site.lab.run_dir("capped-by-slurm/metrics.jsonl")
+    assert not record.exists() or record.read_text().count("run_start") == 1  # the first start may have come so far
 
 
 @pytest.mark.parametrize(
