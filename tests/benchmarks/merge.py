@@ -44,7 +44,7 @@ def main() -> None:
     base, run = arguments.folder / "llama-1.1b", arguments.folder / "run-1.1b"
     if not base.exists():
         make_model(base)
-        make_tokenizer().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)  # the folder may be that of tests/benchmarks/load.py, which needs none
     if not (run / "checkpoints" / "latest").exists():
         make_run(run, base, CONFIG)
     results: dict[str, list[Costs]] = {way: [] for way in arguments.ways}
