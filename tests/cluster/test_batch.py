@@ -49,18 +49,6 @@ def test_a_run_that_would_never_be_done_is_refused(recipe: Path) -> None:
     assert "begin anew each time" in anew and "stop there again and again" in stops
 
 
-def test_a_port_that_is_taken_is_not_free() -> None:
-    first = batch.free_port(7)
-    with socket.socket() as server:
-        server.bind(("", first))
-        server.listen()
-        assert batch.free_port(first - 20_000) == first + 1
-
-
-def test_the_search_for_a_port_begins_again_at_the_start() -> None:
-    assert 20_000 <= batch.free_port(11_999) < 32_000
-
-
 def test_an_open_and_a_closed_port_are_answers_and_a_name_that_nobody_has_is_none() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

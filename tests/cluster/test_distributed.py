@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -65,11 +64,6 @@ def test_without_variables_this_is_the_only_process(monkeypatch: pytest.MonkeyPa
     assert distributed.is_main()
     own = torch.arange(3)
     assert distributed.gather_tensor(own)[0] is own, "no collective among one"
-
-
-def test_a_free_port_can_be_bound() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", distributed._free_port()))
 
 
 @pytest.mark.parametrize(

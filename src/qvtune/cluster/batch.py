@@ -11,12 +11,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qvtune.cluster.ports import free_port_of_job
 from qvtune.config.load import load_config
 from qvtune.errors import UserError
-
-# Below the range from which Linux takes the ports of outgoing connections, one of which could come in between.
-_PORTS = range(20_000, 32_000)
-_APART = 97  # ports between those of two jobs with consecutive numbers, which may start on one host at the same moment
 
 
 def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
@@ -40,19 +37,6 @@ def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
     if problems:
         raise UserError(problems)
     return Path(config.run_dir).absolute()
-
-
-def free_port(start: int) -> int:
-    """A port of this host on which nobody listens, the first from ``start`` on (taken modulo the range)."""
-    for offset in range(len(_PORTS)):
-        port = _PORTS[(start + offset) % len(_PORTS)]
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:  # taken
-                continue
-            return port
-    raise RuntimeError(f"no free port among {_PORTS}")
 
 
 def lost_hosts(hosts: Iterable[str], port: int, seconds: float = 10.0) -> list[str]:
@@ -101,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
         return error.exit_code
-    sys.stdout.write(f"{free_port(_APART * int(os.environ['SLURM_JOB_ID']))}\n{run_dir}\n")
+    sys.stdout.write(f"{free_port_of_job(int(os.environ['SLURM_JOB_ID']))}\n{run_dir}\n")
     return 0
 
 

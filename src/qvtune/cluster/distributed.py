@@ -4,7 +4,6 @@ Started by ``deepspeed``, torchrun or ``srun`` the variables are there; started 
 """
 
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from qvtune.cluster.ports import any_free_port
 from qvtune.errors import StopRequested, UserError
 
 Value = TypeVar("Value")
@@ -32,7 +32,7 @@ def start() -> None:
         _share_cores()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(any_free_port())
     os.environ.setdefault("LOCAL_RANK", "0")
     silence_others()
     import deepspeed
@@ -66,12 +66,6 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank() -> int:

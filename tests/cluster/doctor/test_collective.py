@@ -13,10 +13,11 @@ SCRIPT = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
 from qvtune.cluster.doctor.collective import Ranks
-from qvtune.cluster.doctor.meeting import Peer, Roll, free_port
+from qvtune.cluster.doctor.meeting import Peer, Roll
+from qvtune.cluster.ports import any_free_port
 
 def roll(*nodes):
-    return Roll(tuple(Peer(node, f"n{node}", 0, 1) for node in nodes), free_port())
+    return Roll(tuple(Peer(node, f"n{node}", 0, 1) for node in nodes), any_free_port())
 
 with Ranks.running() as first, Ranks.running() as second, Ranks.running() as lonely, ThreadPoolExecutor() as pool:
     both, deadline = roll(3, 5), time.monotonic() + 60

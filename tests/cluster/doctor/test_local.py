@@ -43,7 +43,7 @@ def place(**changes: Any) -> Place:
 
 
 def test_the_place_in_a_step() -> None:
-    assert find_place(3, None, STEP) == Place(1, ("n1", "n2", "n3"), "12345.0", 22345, 8, 8, 8, on_cpus=False)
+    assert find_place(3, None, STEP) == Place(1, ("n1", "n2", "n3"), "12345.0", 29465, 8, 8, 8, on_cpus=False)
     found = find_place(None, None, STEP | {"QVTUNE_PROCS_PER_NODE": "2", "QVTUNE_MASTER_PORT": "7"})
     assert (found.processes, found.on_cpus, found.port, found.world_size, found.host) == (2, True, 7, 6, "n2")
     assert not find_place(None, None, STEP | {"QVTUNE_PROCS_PER_NODE": "8"}).on_cpus

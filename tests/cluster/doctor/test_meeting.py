@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qvtune.cluster.doctor.findings import Finding, Report
-from qvtune.cluster.doctor.meeting import Desk, Peer, free_port, leave_in, left_in, visit
+from qvtune.cluster.doctor.meeting import Desk, Peer, leave_in, left_in, visit
+from qvtune.cluster.ports import any_free_port
 
 JOB = "12.0"
 
@@ -20,7 +21,7 @@ def report(node: int) -> Report:
 
 @pytest.fixture
 def port() -> int:
-    return free_port()
+    return any_free_port()
 
 
 @pytest.fixture

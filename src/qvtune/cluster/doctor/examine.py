@@ -16,10 +16,11 @@ from qvtune.base.source import BaseWeights
 from qvtune.cluster.doctor import compare, devices, network, software, storage, table
 from qvtune.cluster.doctor.collective import Ranks
 from qvtune.cluster.doctor.findings import Finding, Report, Verdict, verdicts
-from qvtune.cluster.doctor.meeting import Peer, Roll, free_port, leave_in, left_in
+from qvtune.cluster.doctor.meeting import Peer, Roll, leave_in, left_in
 from qvtune.cluster.doctor.needs import Needs, needs_of, open_folder
 from qvtune.cluster.doctor.network import Link
 from qvtune.cluster.doctor.place import Place, find_place
+from qvtune.cluster.ports import any_free_port
 from qvtune.config.load import load_config
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.errors import UserError
@@ -153,7 +154,7 @@ class _Examination:
         if desk is not None:
             roll = desk.end(0)
         else:
-            roll = Roll((Peer(0, self._place.host, 0, report.figures["ranks"]),), free_port())
+            roll = Roll((Peer(0, self._place.host, 0, report.figures["ranks"]),), any_free_port())
         report = self._second_stage(report, roll)
         second = self._collect(1, report, self._started + _END, tuple(peer.node for peer in roll.peers))
         if desk is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qvtune.cluster.doctor.findings import Report
+from qvtune.cluster.ports import any_free_port
 
 _LONGEST_LINE = 1 << 20  # bytes
 _CLOCK_ROUNDS = 5
@@ -38,13 +39,6 @@ class Roll:
 
     peers: tuple[Peer, ...]
     port: int
-
-
-def free_port() -> int:
-    """One that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 class Desk:
@@ -75,7 +69,7 @@ class Desk:
 
         self._server = Server(("", port), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self._free_port = free_port()
+        self._free_port = any_free_port()
 
     def close(self) -> None:
         """Stop listening, when the visitors have had their answers, or are not taking them."""

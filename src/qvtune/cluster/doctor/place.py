@@ -7,9 +7,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qvtune.cluster.ports import port_of_job
 from qvtune.errors import UserError
-
-_FIRST_PORT, _NUM_PORTS = 20000, 10000
 
 
 @dataclass(frozen=True)
@@ -102,4 +101,4 @@ def _port(environment: Mapping[str, str], alone: bool) -> int:
     """The one that the run will use where it is known already; else one that all nodes compute alike. 0 = any."""
     if port := environment.get("QVTUNE_MASTER_PORT") or environment.get("MASTER_PORT"):
         return int(port)
-    return 0 if alone else _FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _NUM_PORTS
+    return 0 if alone else port_of_job(int(environment["SLURM_JOB_ID"]))
