@@ -17,6 +17,12 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class ProofError(UserError):
+    """What was written does not compute what base and adapter compute."""
+
+    exit_code = 1
+
+
 class StopRequested(Exception):  # no error: what was asked for
     """The run was asked to stop; raised on all ranks at the same place, so that they save and leave together."""
 

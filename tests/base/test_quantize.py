@@ -82,10 +82,13 @@ def test_killed_and_started_again_it_is_the_same_to_the_byte(
     assert subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == -9
     assert not output.exists()
     written: list[str] = []
-    write_shard = module.write_shard
-    monkeypatch.setattr(
-        module, "write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
-    )
+    save_file = module.save_file
+
+    def noting(tensors: dict[str, torch.Tensor], path: Path, **rest: Any) -> None:
+        written.append(path.name)
+        save_file(tensors, path, **rest)
+
+    monkeypatch.setattr(module, "save_file", noting)
     quantize(llama_folder, output, max_shard_bytes=SMALL)
     assert contents(output) == contents(tmp_path / "straight")
     assert len(written) == len(list(output.glob("*.safetensors"))) - whole_shards
@@ -109,7 +112,7 @@ def test_every_flipped_byte_is_refused_with_the_name_of_the_tensor(tmp_path: Pat
 
 def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path: Path, llama_folder: Path) -> None:
     quantize(llama_folder, tmp_path / "nf4")
-    with pytest.raises(UserError, match=r"--output: .* exists"):
+    with pytest.raises(UserError, match=r"--output: .* is not empty"):
         quantize(llama_folder, tmp_path / "nf4")
     with pytest.raises(UserError, match="stored in 4 bits already"):
         quantize(tmp_path / "nf4", tmp_path / "again")
@@ -122,8 +125,8 @@ def test_another_source_does_not_go_on_where_one_stopped(
     monkeypatch.setattr(module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantize(llama_folder, tmp_path / "nf4", max_shard_bytes=SMALL)
-    with pytest.raises(UserError, match="made from another source or with other settings"):
+    with pytest.raises(UserError, match="work on another checkpoint or base, or with other settings"):
         quantize(llama_fp32_folder, tmp_path / "nf4", max_shard_bytes=SMALL)
-    next((tmp_path / "nf4.partial").glob("*.safetensors")).write_bytes(b"damaged")
-    with pytest.raises(UserError, match="is damaged; delete"):
+    next((tmp_path / ".nf4.partial" / "model").glob("*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="is missing or not what was written; delete"):
         quantize(llama_folder, tmp_path / "nf4", max_shard_bytes=SMALL)

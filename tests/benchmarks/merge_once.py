@@ -31,9 +31,9 @@ def peft(run: Path, output: Path) -> float:
 def ours(choice: str, run: Path, output: Path) -> float:
     """This project's merge without its proof."""
     from qvtune.base.companions import copy_companions
+    from qvtune.base.output import partial_output
     from qvtune.files import write_json
     from qvtune.merge.convert import DEFAULT_SHARD_BYTES
-    from qvtune.merge.output import partial_output
     from qvtune.merge.source import open_source
     from qvtune.merge.task import open_task
     from qvtune.merge.write import made_from, merged_config, write_weights

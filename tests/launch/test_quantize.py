@@ -15,4 +15,4 @@ def test_it_makes_a_folder_and_says_what_is_wrong(tmp_path: Path, llama_folder: 
     assert (tmp_path / "nf4" / "nf4_manifest.json").is_file()
     again = run_command(command, tmp_path / "second", timeout=120)
     assert again.code == 2, again.output
-    assert f"error: --output: {tmp_path / 'nf4'} exists" in again.stderr and "Traceback" not in again.stderr
+    assert f"error: --output: {tmp_path / 'nf4'} is not empty" in again.stderr and "Traceback" not in again.stderr

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.errors import UserError
+from qvtune.errors import ProofError, UserError
 from qvtune.merge import adapter
-from qvtune.merge.convert import ProofError, convert
+from qvtune.merge.convert import convert
 from tests.merge.conftest import MakeRun, State
 from tests.tiny import make_model_folder
 
@@ -304,6 +305,21 @@ def test_a_damaged_checkpoint_is_refused(make_run: MakeRun, llama_folder: Path, 
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: the content is not what was written"):
         convert(run, tmp_path / "merged")
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(
+    make_run: MakeRun, llama_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_folder.resolve(make_run(llama_folder))
+
+    def without_base(folder: Path) -> None:
+        shutil.copytree(
+            checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("base.json", "manifest.json")
+        )
+
+    checkpoint_folder.write(tmp_path / "checkpoints", 1, without_base)
+    with pytest.raises(UserError, match=r"base\.json is missing: the base that was trained on cannot be checked"):
+        convert(tmp_path / "checkpoints" / "latest", tmp_path / "merged")
 
 
 def half_the_update(self: adapter.LowRank, weight: torch.Tensor) -> torch.Tensor:

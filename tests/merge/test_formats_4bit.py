@@ -11,9 +11,11 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qvtune.base import quantize as quantizing
 from qvtune.base.quantize import quantize
-from qvtune.errors import UserError
-from qvtune.merge.convert import ProofError, convert
+from qvtune.base.writer import WrittenFile
+from qvtune.errors import ProofError, UserError
+from qvtune.merge.convert import convert
 from qvtune.merge.formats import four_bit
 from qvtune.merge.tensors import Merger
 from tests.merge.conftest import MakeRun
@@ -107,15 +109,15 @@ def test_a_start_that_was_cut_off_goes_on(
 ) -> None:
     run = make_run(llama_folder)
     to_4bit(run, tmp_path / "whole", max_shard_bytes=30_000)
-    write_shard, written = four_bit.write_shard, []
+    write_shard, written = quantizing._write_shard, []
 
-    def second_is_interrupted(path: Path, *rest: Any) -> None:
+    def second_is_interrupted(path: Path, **rest: Any) -> WrittenFile:
         written.append(path.name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write_shard(path, *rest)
+        return write_shard(path, **rest)
 
-    monkeypatch.setattr(four_bit, "write_shard", second_is_interrupted)
+    monkeypatch.setattr(quantizing, "_write_shard", second_is_interrupted)
     with pytest.raises(KeyboardInterrupt):
         to_4bit(run, tmp_path / "out", max_shard_bytes=30_000)
     assert not (tmp_path / "out").exists()

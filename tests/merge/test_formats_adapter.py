@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qvtune.errors import UserError
-from qvtune.merge.convert import ProofError, convert
+from qvtune.errors import ProofError, UserError
+from qvtune.merge.convert import convert
 from qvtune.merge.formats import peft_folder
 from tests.merge.conftest import MakeRun
 from tests.merge.foreign import save_adapter

@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qvtune.errors import UserError
-from qvtune.merge.convert import ProofError, convert
+from qvtune.errors import ProofError, UserError
+from qvtune.merge.convert import convert
 from qvtune.merge.formats import gguf_file, gguf_tokenizer
 from tests.merge.conftest import MakeRun
 from tests.tiny import make_model_folder

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qvtune.base.output import DiskFullError
 from qvtune.cluster.command import run_alone
 from qvtune.errors import UserError
 from qvtune.merge import write
 from qvtune.merge.convert import convert
-from qvtune.merge.output import DiskFullError
 from tests.merge.conftest import MakeRun
 from tests.tiny import make_model_folder
 
@@ -162,7 +162,7 @@ def test_other_settings_or_another_base_do_not_go_on_where_one_stopped(
     run, output = make_run(base), tmp_path / "merged"
     interrupted(run, output, monkeypatch)
     assert not output.exists()
-    other = r"unfinished merge of another checkpoint or base, or with other settings"
+    other = r"unfinished work on another checkpoint or base, or with other settings"
     with pytest.raises(UserError, match=other):
         convert(run, output, max_shard_bytes=SMALL, dtype="bfloat16")
     with pytest.raises(UserError, match=other):

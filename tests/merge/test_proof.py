@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qvtune.data import IGNORE_INDEX
+from qvtune.errors import ProofError
 from qvtune.merge import tensors
 from qvtune.merge.adapter import LowRank
-from qvtune.merge.convert import ProofError, convert
+from qvtune.merge.convert import convert
 from qvtune.merge.source import open_source
 from qvtune.merge.task import open_task
 from qvtune.merge.texts import PROMPTS, evaluation_rows, fixed_prompts

@@ -82,7 +82,7 @@ def require_unchanged(weights: BaseWeights, found: Fingerprint, records: Path) -
     """
     folder = weights.folder.resolve()
     path = records / f"{hashlib.sha256(str(folder).encode()).hexdigest()}.json"
-    files = {str(file): file.stat().st_ino for file in sorted({tensor.file for tensor in weights.values()})}
+    files = {str(file): file.stat().st_ino for file in weights.files()}
     if path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["files"] == files:

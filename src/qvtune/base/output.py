@@ -1,4 +1,4 @@
-"""The folder that a merge leaves: private while it grows, kept for the next start when it is cut off, whole at once.
+"""A model folder that is made file by file: private while it grows, kept when it is cut off, whole at once.
 
 .NAME.partial/model/         beside the output: files that are complete, under their final names
              /progress.json  what they were made from, and their checksums
@@ -28,12 +28,6 @@ class DiskFullError(UserError):
     """There is no room; what has been written stays, and the next start goes on."""
 
 
-class ProofError(UserError):
-    """What was written does not compute what base and adapter compute."""
-
-    exit_code = 1
-
-
 def require_free(output: Path) -> None:
     """Raise UserError where ``output`` is anything but missing or an empty folder."""
     if output.is_dir():
@@ -45,7 +39,7 @@ def require_free(output: Path) -> None:
 
 @dataclass(frozen=True)
 class PartialOutput:
-    """A merge that may have been begun before. ``notes`` of finished files are whatever ``write`` was told."""
+    """A folder that may have been begun before. ``notes`` of finished files are whatever ``write`` was told."""
 
     root: Path
     progress: dict[str, Any]
@@ -133,7 +127,7 @@ def _open(root: Path, identity: str) -> PartialOutput:
         partial = PartialOutput(root, json.loads((root / _PROGRESS).read_text(encoding="utf-8")))
         if partial.progress["identity"] != identity:
             raise UserError(
-                f"--output: {root} holds an unfinished merge of another checkpoint or base, or with other settings; "
+                f"--output: {root} holds unfinished work on another checkpoint or base, or with other settings; "
                 "repeat that command to finish it, or delete the folder to start anew"
             )
         _require_undamaged(partial)

@@ -1,13 +1,9 @@
-"""A base quantized once: an ordinary 4-bit folder of bitsandbytes' format; later starts read a quarter of the bytes.
+"""A base quantized once: an ordinary 4-bit folder of bitsandbytes' format; later starts read a quarter of the bytes."""
 
-The folder is written shard by shard into ``OUTPUT.partial`` and takes its name when it is complete. Killed and started
-again, it goes on after the last whole shard, and the result is the same to the byte.
-"""
-
-import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +11,23 @@ import torch
 from bitsandbytes import functional as bnb
 from safetensors.torch import save_file
 
+import qvtune
 from qvtune.base.companions import copy_companions
 from qvtune.base.fingerprint import MANIFEST, Fingerprint, describe, require_unchanged
 from qvtune.base.loader import Base, open_base
 from qvtune.base.nf4 import BLOCK, NESTED_BLOCK, Layout, quantize_shard
+from qvtune.base.output import PartialOutput, partial_output, require_free
 from qvtune.base.shard import Whole
 from qvtune.base.source import StoredTensor, open_weights, read_headers
+from qvtune.base.writer import FilePlans, TensorPlan, WrittenFile, checksum_of, plan_files, write_index
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from qvtune.files import sha256, write_json
+from qvtune.files import fsync, sha256, write_json
+from qvtune.memory import return_freed_memory
 from qvtune.paths import cache_dir
 from qvtune.report.console import console
 
-_PROGRESS = "progress.json"
 DEFAULT_SHARD_BYTES = 1_000_000_000
-Plan = dict[str, list[str]]  # output file -> tensors of the source, in the order in which that is read
 
 
 def quantize(
@@ -37,69 +35,62 @@ def quantize(
 ) -> None:
     """Write ``source`` with its matrices in NF4 to ``output``; never more than a shard and a matrix in memory.
 
+    A start with the arguments of one that was killed goes on after its last whole shard, and ends with the same bytes.
     Raises UserError when the source cannot be quantized or has changed since it was read first, or ``output`` exists,
     or what is left of an earlier start was made from another source or with other settings.
     """
-    if output.exists():
-        raise UserError(f"--output: {output} exists; give a new folder, or delete this one")
+    require_free(output)
     base = open_base(source, ModelSection(double_quant=double_quant), torch.float32, attention="sdpa")
     if base.stored:
         raise UserError(f"{source}: its matrices are stored in 4 bits already")
-    partial = output.with_name(f"{output.name}.partial")
-    plan = plan_shards(base, max_shard_bytes)
-    progress = _open_progress(partial, base, plan, double_quant)
-    for number, (file, names) in enumerate(plan.items(), start=1):
-        if file not in progress["files"]:
-            write_shard(partial / file, base, names)
-            progress["files"][file] = manifest_entry(partial / file)
-            progress["source"] |= {name: describe(base.weights, name) for name in names}
-            _write_json(partial / _PROGRESS, progress)
-        console().print(f"{number}/{len(plan)} {file}")
-    require_unchanged(base.weights, progress["source"], cache_dir() / "bases")
-    copy_companions(source, partial)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    finish(partial, base, config, progress["files"], progress["source"])
-    (partial / _PROGRESS).unlink()
-    os.rename(partial, output)
+    made_from = {
+        "qvtune": qvtune.__version__,
+        "base": base.weights.stamps(),
+        "double_quant": double_quant,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    with partial_output(output, made_from) as partial:
+        write_shards(partial, base, plan_shards(base, max_shard_bytes))
+        copy_companions(source, partial.folder)
+        written_from = finish(partial, base, json.loads((source / "config.json").read_text(encoding="utf-8")))
+        require_unchanged(base.weights, written_from, cache_dir() / "bases")
 
 
-def plan_shards(base: Base, max_shard_bytes: int) -> Plan:
-    """Which tensors of ``base`` go into which file, in the order in which they lie in its own."""
+def plan_shards(base: Base, max_shard_bytes: int) -> FilePlans:
+    """Which tensors of ``base`` go into which file, in the order in which they lie in its own.
+
+    Each counts with the bytes that it takes there, short of descriptions of a few hundred.
+    """
     quantized = base.quantized()
-    shards: list[list[str]] = [[]]
-    size = 0
-    for tensor in sorted(base.weights.values(), key=lambda tensor: (str(tensor.file), tensor.offset)):
-        layout = quantized.get(tensor.name)
-        needed = sum(layout.piece_bytes().values()) if layout else tensor.num_bytes
-        if shards[-1] and size + needed > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor.name)
-        size += needed
-    count = len(shards)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return dict(zip(["model.safetensors"] if count == 1 else names, shards, strict=True))
+    in_order = sorted(base.weights.values(), key=lambda tensor: (str(tensor.file), tensor.offset))
+    return plan_files((_plan(tensor, quantized.get(tensor.name)) for tensor in in_order), max_shard_bytes)
 
 
-def _open_progress(partial: Path, base: Base, plan: Plan, double_quant: bool) -> dict[str, Any]:
-    """What an earlier start has finished, verified; the settings it was made with must be the same."""
-    headers = {tensor.name: [str(tensor.dtype), *tensor.shape] for tensor in base.weights.values()}
-    settings = {"double_quant": double_quant, "plan": plan, "headers": headers}
-    identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    fresh: dict[str, Any] = {"identity": identity, "files": {}, "source": {}}
-    partial.mkdir(parents=True, exist_ok=True)
-    if not (partial / _PROGRESS).exists():
-        return fresh
-    progress: dict[str, Any] = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
-    if progress["identity"] != identity:
-        raise UserError(f"{partial} was made from another source or with other settings; delete it to start anew")
-    damaged = [name for name, entry in progress["files"].items() if sha256(partial / name) != entry["sha256"]]
-    if damaged:
-        raise UserError([f"{partial / name} is damaged; delete {partial} to start anew" for name in damaged])
-    return progress
+def _plan(tensor: StoredTensor, layout: Layout | None) -> TensorPlan:
+    num_bytes = sum(layout.piece_bytes().values()) if layout else tensor.num_bytes
+    return TensorPlan(tensor.name, torch.uint8, (num_bytes,))
 
 
-def write_shard(path: Path, base: Base, names: Sequence[str]) -> None:
+def write_shards(
+    partial: PartialOutput, base: Base, files: FilePlans, notes: Callable[[set[str]], dict[str, Any]] = lambda _: {}
+) -> None:
+    """Write those of ``files`` that an earlier start has not, with what ``notes`` says of the tensors of each."""
+
+    def noted(file: str, names: Sequence[str]) -> dict[str, Any]:
+        path = partial.folder / file
+        manifest = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        source = {name: describe(base.weights, name) for name in names}
+        return {"manifest": manifest, "source": source} | notes(set(names))
+
+    partial.require_room(files)
+    for number, (file, plans) in enumerate(files.items(), start=1):
+        names = [plan.name for plan in plans]
+        partial.write(file, bind(_write_shard, base=base, names=names), bind(noted, file, names))
+        return_freed_memory()
+        console().print(f"{number}/{len(files)} {file}")
+
+
+def _write_shard(path: Path, base: Base, names: Sequence[str]) -> WrittenFile:
     """One file, which appears whole. Raises UserError naming tensors with values that are not finite."""
     quantized = base.quantized()
     tensors: dict[str, torch.Tensor] = {}
@@ -112,9 +103,9 @@ def write_shard(path: Path, base: Base, names: Sequence[str]) -> None:
         raise UserError([f"tensor {name!r} holds NaN or infinite values" for name in sorted(base.weights.not_finite)])
     temporary = path.with_name(f".{path.name}")
     save_file(tensors, temporary, metadata={"format": "pt"})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    fsync(temporary)
     os.replace(temporary, path)
+    return checksum_of(path)
 
 
 def _quantized_tensors(base: Base, module: str, layout: Layout) -> dict[str, torch.Tensor]:
@@ -153,22 +144,14 @@ def _description(stored: StoredTensor, layout: Layout, offset: torch.Tensor) -> 
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def manifest_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+def finish(partial: PartialOutput, base: Base, config: dict[str, Any]) -> Fingerprint:
+    """Write index, config.json (``config`` and how it is quantized) and manifest of a folder whose shards are there.
 
-
-def finish(
-    folder: Path, base: Base, config: dict[str, Any], files: dict[str, dict[str, Any]], source: Fingerprint
-) -> None:
-    """Index, config.json and manifest of a folder whose ``files`` are written, from ``config`` of ``source``."""
-    written = read_headers([folder / file for file in files])
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in written.values())},
-            "weight_map": {tensor.name: tensor.file.name for tensor in written.values()},
-        }
-        _write_json(folder / "model.safetensors.index.json", index)
+    Returns what they were made from.
+    """
+    folder = partial.folder
+    noted = {file: entry["notes"] for file, entry in partial.progress["files"].items()}
+    write_index(folder, {file: list(read_headers([folder / file]).values()) for file in noted})
     double_quant = next(iter(base.quantized().values())).double_quant
     quantization = {
         "quant_method": "bitsandbytes",
@@ -178,8 +161,11 @@ def finish(
         "bnb_4bit_compute_dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
     }
-    _write_json(folder / "config.json", {**config, "quantization_config": quantization})
-    _write_json(folder / MANIFEST, {"files": files, "source": source, "tensors": _contents(folder)})
+    write_json(folder / "config.json", {**config, "quantization_config": quantization})
+    source = {name: entry for notes in noted.values() for name, entry in notes["source"].items()}
+    files = {file: notes["manifest"] for file, notes in noted.items()}
+    write_json(folder / MANIFEST, {"files": files, "source": source, "tensors": _contents(folder)})
+    return source
 
 
 def _contents(folder: Path) -> Fingerprint:
@@ -188,9 +174,3 @@ def _contents(folder: Path) -> Fingerprint:
     for name, tensor in weights.items():
         weights.read_bytes(name, 0, tensor.num_bytes)
     return {name: describe(weights, name) for name in sorted(weights)}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    write_json(temporary, value)
-    os.replace(temporary, path)

@@ -27,7 +27,7 @@ ALL_DTYPES = _DTYPES | {
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What reading and taking apart somebody else's JSON can raise.
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -88,6 +88,14 @@ class BaseWeights(Mapping[str, StoredTensor]):
             self.not_finite.add(name)
         return data
 
+    def files(self) -> list[Path]:
+        """Those that hold the tensors."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    def stamps(self) -> list[list[str | int]]:
+        """Path, bytes and time of change (ns) of each file: what can be said of the content without reading it."""
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files()]
+
     def renamed(self, names: Mapping[str, str]) -> Self:
         """Only the tensors that ``names`` (new name -> name here) mentions, under their new names; nothing read yet."""
         return replace(self, tensors={new: replace(self.tensors[old], name=new) for new, old in names.items()})
@@ -145,10 +153,10 @@ def open_weights(folder: Path, allow_pickle: bool = False, *, any_dtype: bool = 
     Raises UserError with everything that is wrong: no weights, pickle only, missing, truncated or unreadable files,
     dtypes other than fp32, fp16, bf16 and (packed 4-bit weights) uint8; ``any_dtype`` allows fp64, integers and bool.
     """
-    if (folder / _SINGLE).is_file():
-        files = [folder / _SINGLE]
-    elif (folder / _INDEX).is_file():
-        files = _indexed_files(folder / _INDEX)
+    if (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    elif (folder / INDEX).is_file():
+        files = _indexed_files(folder / INDEX)
     elif allow_pickle and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         return _open_pickles(folder, pickles)
     else:
@@ -199,7 +207,7 @@ def _no_weights(folder: Path) -> str:
             "convert the model to safetensors and give that folder, or set model.allow_pickle: true, which opens them "
             "as tensors only"
         )
-    return f"{folder}: no weights; expected {_SINGLE} or {_INDEX} (model.name_or_path)"
+    return f"{folder}: no weights; expected {SINGLE} or {INDEX} (model.name_or_path)"
 
 
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> list[StoredTensor]:

@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qvtune.base.checksum import add_checksums, partial_checksum
-from qvtune.base.source import ALL_DTYPES
+from qvtune.base.source import ALL_DTYPES, INDEX, SINGLE, StoredTensor
+from qvtune.files import write_json
 
-INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 _FLUSH_SECONDS = 0.2
@@ -67,17 +66,18 @@ def plan_files(plans: Iterable[TensorPlan], max_shard_bytes: int) -> dict[str, l
         shards[-1].append(plan)
         size += plan.num_bytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {SINGLE: shards[0]}
     return {
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)
     }
 
 
-def index_of(files: FilePlans) -> dict[str, Any]:
-    """The content of ``INDEX``, which a model of several files needs."""
-    total_bytes = sum(plan.num_bytes for shard in files.values() for plan in shard)
-    weight_map = {plan.name: name for name, shard in files.items() for plan in shard}
-    return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+def write_index(folder: Path, files: Mapping[str, Sequence[TensorPlan | StoredTensor]]) -> None:
+    """Write ``INDEX``, which a model of several files needs; nothing for one of a single file."""
+    if len(files) > 1:
+        total_bytes = sum(tensor.num_bytes for shard in files.values() for tensor in shard)
+        weight_map = {tensor.name: name for name, shard in files.items() for tensor in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def write_file(path: Path, plans: Sequence[TensorPlan], pieces: Pieces, num_threads: int = 1) -> WrittenFile:

@@ -20,7 +20,8 @@ from qvtune.cluster import distributed
 from qvtune.errors import UserError
 from qvtune.files import write_json
 
-_ADAPTER, _TRAINED, _BASE = "adapter_model.safetensors", "trained.safetensors", "base.json"
+TRAINED = "trained.safetensors"  # takes the place of the adapter where matrices of the base are trained
+_ADAPTER, _BASE = "adapter_model.safetensors", "base.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -67,7 +68,7 @@ def save(
     ``peft_config`` is that of the adapter, with which PEFT reads it; None where matrices of the base are trained.
     """
     values = {saved_name(name): entry["value"] for name, entry in state.items()}
-    save_file(values, folder / (_TRAINED if peft_config is None else _ADAPTER), metadata={"format": "pt"})
+    save_file(values, folder / (TRAINED if peft_config is None else _ADAPTER), metadata={"format": "pt"})
     kept = {f"{key}/{saved_name(name)}": entry[key] for name, entry in state.items() for key in ("master", *_MOMENTS)}
     save_file(kept, folder / "optimizer.safetensors")
     if peft_config is not None:
@@ -76,12 +77,17 @@ def save(
     write_json(folder / _BASE, base)
 
 
-def require_base(folder: Path, found: Fingerprint) -> None:
-    """Raises UserError, naming the tensors, when a checkpoint was trained on another base than ``found``."""
+def trained_base(folder: Path) -> Fingerprint:
+    """What a checkpoint was trained on. Raises UserError where it does not say."""
     if not (folder / _BASE).is_file():
         raise UserError(f"{folder / _BASE} is missing: the base that was trained on cannot be checked")
+    return fingerprint.read(folder / _BASE)
+
+
+def require_base(folder: Path, found: Fingerprint) -> None:
+    """Raises UserError, naming the tensors, when a checkpoint was trained on another base than ``found``."""
     fingerprint.require_same(
-        fingerprint.read(folder / _BASE),
+        trained_base(folder),
         found,
         "the base (model.name_or_path)",
         f"{folder} was trained on another base; give that one, or another run_dir",
@@ -100,7 +106,7 @@ def load_trained(folder: Path, model: nn.Module) -> None:
 
     Matrices of the base are cut by ZeRO-3 already, an adapter's factors are not. Raises UserError on other names.
     """
-    path = folder / (_ADAPTER if hasattr(model, "peft_config") else _TRAINED)
+    path = folder / (_ADAPTER if hasattr(model, "peft_config") else TRAINED)
     stored = load_file(path)
     parameters = {saved_name(name): parameter for name, parameter in trainable(model)}
     _require_same(path, stored.keys(), parameters.keys())

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qvtune
+from qvtune.base.output import partial_output, require_free
 from qvtune.data import IGNORE_INDEX
-from qvtune.errors import UserError
+from qvtune.errors import ProofError, UserError
 from qvtune.files import write_json
 from qvtune.memory import return_freed_memory
 from qvtune.merge.formats import FormatName, OutputFormat, output_format
-from qvtune.merge.output import ProofError, partial_output, require_free
 from qvtune.merge.source import open_source
 from qvtune.merge.task import BaseChoice, DtypeChoice, Task, open_task
 from qvtune.merge.write import Written, made_from

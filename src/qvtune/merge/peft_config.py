@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # what PEFT calls its files
 HEAD_TASKS = {  # task type -> what transformers calls a model with that head
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",

@@ -12,22 +12,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qvtune.base import fingerprint
 from qvtune.base.fingerprint import Fingerprint
 from qvtune.base.source import StoredTensor
 from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint.state import TrainerState, load_trainer_state
+from qvtune.checkpoint.state import TRAINED, TrainerState, load_trainer_state, trained_base
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.merge.adapter import Adapter
 from qvtune.merge.deepspeed import open_zero, step_folder
 from qvtune.merge.full import full_adapter, trained_dtype
 from qvtune.merge.peft_adapter import peft_adapter
-from qvtune.merge.peft_config import PeftConfig
+from qvtune.merge.peft_config import CONFIG, WEIGHTS, PeftConfig
 
 Kind = Literal["checkpoint", "full", "peft", "deepspeed"]
-_CONFIG, _SAFE, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_FULL = "trained.safetensors"
+_PICKLE = "adapter_model.bin"
 _KINDS = (
     "a folder runs/NAME/checkpoints/step-* or a run folder that has one, a PEFT adapter folder (adapter_config.json, "
     "adapter_model.safetensors), or a folder with DeepSpeed's global_step*"
@@ -87,9 +85,9 @@ def open_source(path: Path, *, base: str | None = None, allow_pickle: bool = Fal
     if _is_ours(path):
         return _open_ours(checkpoint_folder.resolve(path), base)
     step = step_folder(path)
-    if step is not None and (allow_pickle or not (path / _CONFIG).is_file()):
+    if step is not None and (allow_pickle or not (path / CONFIG).is_file()):
         return _open_deepspeed(step, base, allow_pickle)
-    if (path / _CONFIG).is_file():
+    if (path / CONFIG).is_file():
         return _open_peft(path, base, allow_pickle)
     raise UserError(_unknown(path))
 
@@ -106,12 +104,12 @@ def _open_ours(folder: Path, base: str | None) -> Source:
     model = ModelSection(**state.trajectory["model"])
     if base is not None:
         model = model.model_copy(update={"name_or_path": base})
-    is_full = (folder / _FULL).is_file()
+    is_full = (folder / TRAINED).is_file()
     saved = None
     if is_full:
-        dtype, read = trained_dtype(folder / _FULL), _full_reader(folder / _FULL)
+        dtype, read = trained_dtype(folder / TRAINED), _full_reader(folder / TRAINED)
     else:
-        saved = SavedAdapter(str(folder / _SAFE), _read_config(folder / _CONFIG), load_file(folder / _SAFE))
+        saved = SavedAdapter(str(folder / WEIGHTS), _read_config(folder / CONFIG), load_file(folder / WEIGHTS))
         dtype, read = next((tensor.dtype for tensor in saved.tensors.values()), torch.float32), saved.adapter
     return Source(
         path=folder,
@@ -120,15 +118,15 @@ def _open_ours(folder: Path, base: str | None) -> Source:
         dtype=dtype,
         step=state.step,
         state=state,
-        fingerprint=fingerprint.read(folder / "base.json"),
+        fingerprint=trained_base(folder),
         read=read,
         saved=saved,
     )
 
 
 def _open_peft(folder: Path, base: str | None, allow_pickle: bool) -> Source:
-    config = _read_config(folder / _CONFIG)
-    file = folder / _SAFE
+    config = _read_config(folder / CONFIG)
+    file = folder / WEIGHTS
     if file.is_file():
         try:
             stored = load_file(file)
@@ -142,7 +140,7 @@ def _open_peft(folder: Path, base: str | None, allow_pickle: bool) -> Source:
 
 def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not file.is_file():
-        raise UserError(f"{file.parent}: has {_CONFIG} but neither {_SAFE} nor {_PICKLE}; copy the folder again")
+        raise UserError(f"{file.parent}: has {CONFIG} but neither {WEIGHTS} nor {_PICKLE}; copy the folder again")
     if not allow_pickle:
         raise UserError(
             f"{file}: is a pickle, which can run code when opened; with --allow-pickle it is opened as tensors only"
@@ -163,10 +161,10 @@ def _open_deepspeed(folder: Path, base: str | None, allow_pickle: bool) -> Sourc
             "opened as tensors only"
         )
     places = [folder, folder.parent, folder.parent.parent]
-    config_file = next((place / _CONFIG for place in places if (place / _CONFIG).is_file()), None)
+    config_file = next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
     if config_file is None:
         raise UserError(
-            f"{folder}: no {_CONFIG} beside it or in {folder.parent}: copy it there, it says what the tensors mean (a "
+            f"{folder}: no {CONFIG} beside it or in {folder.parent}: copy it there, it says what the tensors mean (a "
             "checkpoint of a model trained without PEFT cannot be converted; DeepSpeed's zero_to_fp32.py can)"
         )
     config, opened = _read_config(config_file), open_zero(folder)
@@ -217,7 +215,7 @@ def _unknown(path: Path) -> str:
     if any(path.glob("*.distcp")) or any(path.glob("pytorch_model_fsdp*")):
         return f"{path}: an FSDP checkpoint cannot be converted; save the adapter with save_pretrained and give that"
     if (path / "config.json").is_file():
-        return f"{path}: is a model without an adapter ({_CONFIG}), so there is nothing to merge"
+        return f"{path}: is a model without an adapter ({CONFIG}), so there is nothing to merge"
     return f"{path}: no checkpoint; give {_KINDS}"
 
 

@@ -11,9 +11,8 @@ import torch
 import qvtune
 from qvtune.base import fingerprint
 from qvtune.base.checksum import partial_checksum
-from qvtune.base.writer import INDEX, index_of, plan_files, write_file
-from qvtune.files import write_json
-from qvtune.merge.output import PartialOutput
+from qvtune.base.output import PartialOutput
+from qvtune.base.writer import plan_files, write_file, write_index
 from qvtune.merge.task import Task
 from qvtune.merge.tensors import MatrixUpdate, Merger
 from qvtune.report.console import console
@@ -37,10 +36,7 @@ def made_from(task: Task, max_shard_bytes: int) -> dict[str, Any]:
     return {
         "qvtune": qvtune.__version__,
         "adapter": [_identity(task.adapter.changes), _identity(task.adapter.added), str(task.adapter.dtype)],
-        "base": [
-            [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-            for file in sorted({tensor.file for tensor in task.base.weights.values()})
-        ],
+        "base": task.base.weights.stamps(),
         "base_weights": [task.base_weights, task.model.double_quant],
         "dtype": str(task.dtype),
         "max_shard_bytes": max_shard_bytes,
@@ -76,8 +72,7 @@ def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: in
             partial_output.write(file, write, partial(notes, task, merger, {plan.name for plan in shard}))
             console().print(f"{number}/{len(files)} {file}")
     require_base(task)
-    if len(files) > 1:
-        write_json(partial_output.folder / INDEX, index_of(files))
+    write_index(partial_output.folder, files)
     kinds = {plan.name: merger.kind(plan.name) for plan in plans}
     updates = [merger.updates[plan.name] for plan in plans if plan.name in merger.updates]
     return Written(list(files), sum(plan.num_bytes for plan in plans), kinds, updates)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 if TYPE_CHECKING:  # transformers comes with them, and with the formats
-    from qvtune.merge.output import PartialOutput
+    from qvtune.base.output import PartialOutput
     from qvtune.merge.proof import Limits
     from qvtune.merge.sides import Sides
     from qvtune.merge.task import BaseChoice, Task

@@ -13,29 +13,24 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial as bind
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qvtune.base.companions import copy_companions
-from qvtune.base.fingerprint import describe
 from qvtune.base.loader import Base, check_tensors
 from qvtune.base.model import build_skeleton, read_model_config
-from qvtune.base.quantize import DEFAULT_SHARD_BYTES, finish, manifest_entry, plan_shards, write_shard
+from qvtune.base.output import PartialOutput
+from qvtune.base.quantize import DEFAULT_SHARD_BYTES, finish, plan_shards, write_shards
 from qvtune.base.source import BaseWeights, StoredTensor
-from qvtune.base.writer import TensorPlan, WrittenFile, checksum_of
 from qvtune.config.schema import ModelSection
-from qvtune.errors import UserError
-from qvtune.memory import return_freed_memory
+from qvtune.errors import ProofError, UserError
 from qvtune.merge.base import open_merge_base
 from qvtune.merge.formats import merged
-from qvtune.merge.output import PartialOutput, ProofError
 from qvtune.merge.proof import Limits
 from qvtune.merge.sides import Side, Sides, as_stored, sides_of
 from qvtune.merge.task import BaseChoice, Task
 from qvtune.merge.tensors import Merger
 from qvtune.merge.write import Written, merged_config, notes, recall, require_base
-from qvtune.report.console import console
 
 PREFERS: BaseChoice | None = "original"
 # SmolLM2-135M: 86 %, KL 0.07 where it was trained on NF4, 78 %, KL 0.22 where it was not; larger models move less.
@@ -88,24 +83,16 @@ def _section(task: Task) -> ModelSection:
 def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``; files of 1 GB at most, which are made in memory."""
     base, merger = _open(task)
-    plan = plan_shards(base, min(max_shard_bytes, DEFAULT_SHARD_BYTES))
-    partial.require_room({file: [_stored(base, name) for name in names] for file, names in plan.items()})
+    files = plan_shards(base, min(max_shard_bytes, DEFAULT_SHARD_BYTES))
     recall(partial, task, merger)
-    for number, (file, names) in enumerate(plan.items(), start=1):
-        partial.write(
-            file, bind(_write_file, base, names), bind(_notes, task, merger, base, partial.folder / file, names)
-        )
-        return_freed_memory()
-        console().print(f"{number}/{len(plan)} {file}")
+    write_shards(partial, base, files, bind(notes, task, merger))
     require_base(task)
     copy_companions(task.base.folder, partial.folder)
-    noted = dict(zip(partial.progress["files"], partial.notes(), strict=True))
-    source = {name: entry for notes in noted.values() for name, entry in notes["source"].items()}
-    finish(partial.folder, base, merged_config(task), {file: noted[file]["manifest"] for file in plan}, source)
+    finish(partial, base, merged_config(task))
     kinds = {name: "quantized" if name in base.quantized() else merger.kind(name) for name in base.weights}
-    num_bytes = sum(_stored(base, name).num_bytes for name in base.weights)
+    num_bytes = sum(plan.num_bytes for plans in files.values() for plan in plans)
     kept = _require_updates(task, partial.folder)
-    return Written(list(plan), num_bytes, kinds, list(merger.updates.values()), kept)
+    return Written(list(files), num_bytes, kinds, list(merger.updates.values()), kept)
 
 
 def _require_updates(task: Task, folder: Path) -> float:
@@ -134,23 +121,6 @@ def _require_updates(task: Task, folder: Path) -> float:
             "original, with --base where the run's own base is stored in 4 bits; or use --format merged"
         )
     return left / whole
-
-
-def _stored(base: Base, name: str) -> TensorPlan:
-    """The bytes that a tensor takes in the folder, but for descriptions of a few hundred."""
-    layout = base.quantized().get(name)
-    size = sum(layout.piece_bytes().values()) if layout else base.weights[name].num_bytes
-    return TensorPlan(name, torch.uint8, (size,))
-
-
-def _write_file(base: Base, names: list[str], path: Path) -> WrittenFile:
-    write_shard(path, base, names)
-    return checksum_of(path)
-
-
-def _notes(task: Task, merger: Merger, base: Base, file: Path, names: list[str]) -> dict[str, Any]:
-    of_source = {name: describe(base.weights, name) for name in names}
-    return notes(task, merger, set(names)) | {"manifest": manifest_entry(file), "source": of_source}
 
 
 def sides(task: Task, folder: Path) -> Sides:

@@ -23,10 +23,10 @@ from gguf import (
     get_tensor_name_map,
 )
 
+from qvtune.base.output import PartialOutput
 from qvtune.errors import UserError
 from qvtune.merge.formats import merged
 from qvtune.merge.formats.gguf_tokenizer import add_tokenizer, elsewhere
-from qvtune.merge.output import PartialOutput
 from qvtune.merge.proof import Limits
 from qvtune.merge.sides import Side, Sides, sides_of
 from qvtune.merge.task import BaseChoice, Task

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from qvtune.base.companions import copy_companions
+from qvtune.base.output import PartialOutput
 from qvtune.files import write_json
-from qvtune.merge.output import PartialOutput
 from qvtune.merge.proof import EXACT, ROUNDED, Limits
 from qvtune.merge.sides import Sides, merged_folder, sides_of
 from qvtune.merge.task import BaseChoice, Task

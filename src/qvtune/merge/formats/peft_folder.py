@@ -16,10 +16,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qvtune.errors import UserError
+from qvtune.base.output import PartialOutput
+from qvtune.errors import ProofError, UserError
 from qvtune.files import write_json
 from qvtune.merge.names import plain_keys
-from qvtune.merge.output import PartialOutput, ProofError
+from qvtune.merge.peft_config import CONFIG, WEIGHTS
 from qvtune.merge.proof import EXACT, Limits, skeleton
 from qvtune.merge.sides import Side, Sides, adapted_base
 from qvtune.merge.source import SavedAdapter, open_source
@@ -27,7 +28,6 @@ from qvtune.merge.task import BaseChoice, Task
 from qvtune.merge.write import Written, require_base
 
 PREFERS: BaseChoice | None = None
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHUNK_BYTES = 2**24
 _RELATIVE = 1e-6  # of a scaling: PEFT computes it in its own order
 
@@ -59,10 +59,10 @@ def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads:
     contiguous = {
         names[plain]: given[plain].detach().clone(memory_format=torch.contiguous_format) for plain in sorted(given)
     }
-    save_file(contiguous, partial.folder / _WEIGHTS, metadata={"format": "pt"})
-    write_json(partial.folder / _CONFIG, _as_json(config) | {"base_model_name_or_path": _base_name(task)})
+    save_file(contiguous, partial.folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(partial.folder / CONFIG, _as_json(config) | {"base_model_name_or_path": _base_name(task)})
     num_bytes = sum(tensor.nbytes for tensor in contiguous.values())
-    return Written([_WEIGHTS], num_bytes, dict.fromkeys(contiguous, "adapter"), [])
+    return Written([WEIGHTS], num_bytes, dict.fromkeys(contiguous, "adapter"), [])
 
 
 def sides(task: Task, folder: Path) -> Sides:
@@ -151,7 +151,7 @@ def _read_all(task: Task) -> None:
 def _require_peft_reads(task: Task, folder: Path) -> None:
     """Raises ProofError where PEFT, loading ``folder``, does not have every given value in its place, and no other."""
     model: Any = peft.PeftModel.from_pretrained(_empty_base(task), folder, low_cpu_mem_usage=True, torch_device="cpu")
-    loaded, file = get_peft_model_state_dict(model, save_embedding_layers=True), load_file(folder / _WEIGHTS)
+    loaded, file = get_peft_model_state_dict(model, save_embedding_layers=True), load_file(folder / WEIGHTS)
     given = plain_keys(_saved(task).tensors)
     by_plain_name = plain_keys({name: name for name in file})
     problems = [f"{name} is written, but was not given" for name in sorted(by_plain_name.keys() - given.keys())]
