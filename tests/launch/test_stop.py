@@ -23,6 +23,14 @@ pytestmark = without_gpu
 _LONG = ["train.max_steps=100000", "train.save_every=2", "data.eval=null", "checkpoint.keep=1"]
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_reaches_children() -> Iterator[None]:
+    """What a shell has started in the background ignores it, and so does all that comes from there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def running(lab: Lab, name: str) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
     """The launcher and its two ranks, in the middle of a run that takes hours."""
