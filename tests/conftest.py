@@ -1,12 +1,14 @@
 """Fixtures for all tests; what they are made of is in tests/tiny.py."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from qvtune.cluster import distributed
 from tests.tiny import make_model_folder, make_tokenizer
 
 
@@ -26,6 +28,15 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.delenv("COLUMNS", raising=False)
         patch.setenv("QVTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes several processes, done by this one without a process group."""
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own])
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "together", nullcontext)
+    monkeypatch.setattr(distributed, "from_main", lambda value: value)
 
 
 @pytest.fixture

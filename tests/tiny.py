@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from qvtune.base.families import FAMILIES
 from qvtune.data import IGNORE_INDEX
@@ -35,6 +41,17 @@ _FAMILY_OPTIONS: dict[str, dict[str, Any]] = {  # windows that are shorter than 
     },
     "roberta": {"type_vocab_size": 1},
 }
+
+
+def four_bit_config(double_quant: bool = True) -> BitsAndBytesConfig:
+    """As QLoRA has it, with all that is not quantized in float32."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM
 
 from qvtune.adapters.projections import add_adapters, trainable
 from qvtune.base.loader import load_whole, open_base
@@ -18,7 +18,7 @@ from qvtune.base.nf4 import NF4Linear
 from qvtune.base.quantize import quantize
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
-from tests.tiny import ENCODERS, VOCABULARY, make_model_folder
+from tests.tiny import ENCODERS, VOCABULARY, four_bit_config, make_model_folder
 
 INPUT_IDS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 # Of a row's end: what an encoder must not see.
@@ -35,14 +35,8 @@ LLAMA3_ROPE = {
 
 def in_4_bits(architecture: Any, folder: Path, **options: Any) -> Any:
     """transformers' own model; in train mode, since bitsandbytes' kernels for eval mode compute less exactly."""
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
-    )
-    return architecture.from_pretrained(folder, dtype=torch.float32, quantization_config=four_bits, **options).train()
+    options |= {"dtype": torch.float32, "quantization_config": four_bit_config()}
+    return architecture.from_pretrained(folder, **options).train()
 
 
 def hidden_states(model: nn.Module) -> torch.Tensor:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qvtune.base.loader import fill, load_whole, open_base
 from qvtune.base.nf4 import NF4Linear
 from qvtune.base.shard import Whole
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from tests.tiny import DECODERS, VOCABULARY, make_model_folder
+from tests.tiny import DECODERS, VOCABULARY, four_bit_config, make_model_folder
 
 CPU = torch.device("cpu")
 INPUT_IDS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -25,13 +25,7 @@ def transformers_model(folder: Path, section: ModelSection) -> nn.Module:
     """The same folder through from_pretrained; in 4 bits as QLoRA does."""
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     if section.quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=section.double_quant,
-            bnb_4bit_compute_dtype=torch.float32,
-            bnb_4bit_quant_storage=torch.float32,
-        )
+        options["quantization_config"] = four_bit_config(section.double_quant)
     # In eval mode bitsandbytes multiplies with other CPU kernels, which compute less exactly.
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options).train()
     return model

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,11 +24,7 @@ _CHANGES = ("os.rename", "os.mkdir", "os.symlink", "os.remove", "os.rmdir", "shu
 
 
 @pytest.fixture(autouse=True)
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder.distributed, "gather_objects", lambda own: [own])
-    monkeypatch.setattr(run_folder.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(run_folder.distributed, "together", nullcontext)
-    monkeypatch.setattr(run_folder.distributed, "from_main", lambda value: value)
+def _light(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # TensorBoard's files bear the process id in their names: no process writes into another's.
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
     monkeypatch.setattr(run_folder, "environment", lambda hosts: {})  # asks git

@@ -1,5 +1,6 @@
 """slurm/train.sbatch: hosts, networks, daemons and ranks that die."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ RANK = r"[p]ython -u \S*launch/train\.py --config"  # in brackets: not the comma
 @pytest.fixture
 def job_at_step_9(site: Site, request: pytest.FixtureRequest) -> tuple[str, Job]:
     """Name of the test's run, with a checkpoint behind it, and its job."""
-    name = request.node.name
+    name = re.sub(r"\W+", "-", request.node.name)
     job = site.train(name, options=("--partition=all",))
     return name, site.wait_for_step(job, name, SAVE_EVERY + 1)
 
@@ -27,24 +28,15 @@ def _healthy_afterwards(site: Site) -> Iterator[None]:
     site.cluster.wait_idle(*HOSTS, timeout=120)
 
 
-def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job]) -> None:
+@pytest.mark.parametrize("index", [1, 0], ids=["peer", "batch_host_with_rank_0"])
+def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job], index: int) -> None:
     name, job = job_at_step_9
-    site.cluster.crash(job.hosts[1])
+    crashed = job.hosts[index]
+    site.cluster.crash(crashed)
     done = site.cluster.wait(job.id, timeout=400)
-    site.cluster.boot(job.hosts[1])
+    site.cluster.boot(crashed)
     restarted(done, times=1)
-    assert job.hosts[1] not in done.hosts
-    assert site.losses(name) == site.reference(2)
-
-
-def test_a_job_whose_first_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job]) -> None:
-    """There the batch script and rank 0 were."""
-    name, job = job_at_step_9
-    site.cluster.crash(job.hosts[0])
-    done = site.cluster.wait(job.id, timeout=400)
-    site.cluster.boot(job.hosts[0])
-    restarted(done, times=1)
-    assert job.hosts[0] not in done.hosts
+    assert crashed not in done.hosts
     assert site.losses(name) == site.reference(2)
 
 

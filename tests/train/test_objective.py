@@ -11,14 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qvtune.adapters.projections import trainable
 from qvtune.data.batch import Batch, collate, empty_batch, separate
 from qvtune.data.packing import PackedRow
 from qvtune.train import objective as objective_module
 from qvtune.train.objective import CausalLMObjective, FrozenHeadLoss
-from tests.tiny import DECODERS, VOCABULARY, make_model_folder, make_row
+from tests.tiny import DECODERS, VOCABULARY, four_bit_config, make_model_folder, make_row
 from tests.varlen_attention import VARLEN, register_varlen
 
 MakeObjective = Callable[..., CausalLMObjective]
@@ -52,14 +52,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 def peft_reference(objective: CausalLMObjective, folder: Path, quantization: str) -> Any:
     """transformers' model with PEFT's adapter and the same factors."""
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
-    )
-    options = {"quantization_config": four_bits} if quantization == "nf4" else {}
+    options = {"quantization_config": four_bit_config()} if quantization == "nf4" else {}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(base, config).train()  # in eval mode bitsandbytes takes less exact CPU kernels

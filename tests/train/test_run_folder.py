@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,9 @@ from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.files import write_json
-from qvtune.train import run_folder
 from qvtune.train.run_folder import environment, find_resume, open_run_folder, trajectory_settings
 
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder.distributed, "gather_objects", lambda own: [own])
-    monkeypatch.setattr(run_folder.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(run_folder.distributed, "together", nullcontext)
-    monkeypatch.setattr(run_folder.distributed, "from_main", lambda value: value)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def config(run_dir: Path, **sections: Any) -> RunConfig:

@@ -56,17 +56,12 @@ def build_skeleton(
     A module whose path ends in one of ``trained`` keeps its matrix whole.
     ``with_pooler`` concerns encoders only.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoModel, AutoModelForCausalLM
 
     is_encoder = FAMILIES[config.model_type].is_encoder
     options: dict[str, Any] = {"add_pooling_layer": with_pooler} if is_encoder else {}
-    architecture: Any = AutoModel if is_encoder else AutoModelForCausalLM
-    with init_empty_weights(include_buffers=False):
-        skeleton: nn.Module = architecture.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code, **options
-        )
-    skeleton.tie_weights()  # type: ignore[operator]  # undone by the context, which makes a parameter anew where it is set
+    options |= {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    skeleton: nn.Module = without_weights(AutoModel if is_encoder else AutoModelForCausalLM, config, dtype, **options)
     if model.quantization == "nf4":
         head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
         for name, module in list(skeleton.named_modules()):
@@ -84,6 +79,16 @@ def build_skeleton(
                     ),
                 )
     return skeleton.requires_grad_(False)
+
+
+def without_weights(auto_class: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """The transformers model of a configuration, its parameters on the meta device, its buffers real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(config, dtype=dtype, **options)
+    model.tie_weights()  # undone by the context, which makes a parameter anew where it is set
+    return model
 
 
 def largest_layer_numel(skeleton: nn.Module) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qvtune.base.model import without_weights
 from qvtune.errors import UserError
 from qvtune.merge.compare import Difference, LogitSums, summary
 from qvtune.merge.layers import LayeredModel
@@ -111,7 +112,6 @@ def skeleton(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) 
     Raises UserError for a config.json that transformers does not know.
     """
     import transformers
-    from accelerate import init_empty_weights
 
     try:
         config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -130,8 +130,5 @@ def skeleton(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) 
         ),
         "ForCausalLM",
     )
-    architecture: Any = getattr(transformers, f"AutoModel{kind}")
-    with init_empty_weights(include_buffers=False):
-        model = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.tie_weights()  # undone by the context, which makes a parameter anew where it is set
-    return model
+    auto_class = getattr(transformers, f"AutoModel{kind}")
+    return without_weights(auto_class, config, torch.float32, trust_remote_code=trust_remote_code)

@@ -45,6 +45,11 @@ class Task:
         config = json.loads((self.base.folder / "config.json").read_text(encoding="utf-8")) | dict(self.settings)
         return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
 
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the merged model."""
+        return "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"
+
     def opened_as(self, choice: BaseChoice) -> MergeBase:
         """The base once more, nothing of it read yet, with the weights of this or of the other choice."""
         quantization = self.source.model.quantization if choice == "dequantized" else "none"

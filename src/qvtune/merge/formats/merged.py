@@ -41,9 +41,8 @@ def limits(task: Task) -> Limits:
 
 def how_to_load(task: Task, title: str) -> str:
     """As ``OutputFormat``."""
-    architecture = "AutoModelForSequenceClassification" if task.is_classifier else "AutoModelForCausalLM"
     return (
-        f"```python\nfrom transformers import {architecture}, AutoTokenizer\n\n"
-        f'model = {architecture}.from_pretrained("{title}")\n'
+        f"```python\nfrom transformers import {task.auto_class}, AutoTokenizer\n\n"
+        f'model = {task.auto_class}.from_pretrained("{title}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")\n```'
     )

@@ -82,10 +82,9 @@ def limits(task: Task) -> Limits:
 
 def how_to_load(task: Task, title: str) -> str:
     """As ``OutputFormat``."""
-    architecture = "AutoModelForSequenceClassification" if task.is_classifier else "AutoModelForCausalLM"
     return (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {architecture}\n\n"
-        f'base = {architecture}.from_pretrained("{_base_name(task)}")\n'
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {task.auto_class}\n\n"
+        f'base = {task.auto_class}.from_pretrained("{_base_name(task)}")\n'
         f'model = PeftModel.from_pretrained(base, "{title}")\n```'
     )
 
