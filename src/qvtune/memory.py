@@ -5,6 +5,8 @@ import resource
 import sys
 from pathlib import Path
 
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 4 * 2**20  # glibc's malloc.h; setting it also stops it from moving
+
 
 def return_freed_memory() -> None:
     """Give back what temporaries have left between the pieces that stay; glibc alone keeps it.
@@ -15,6 +17,18 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such call
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def keep_no_large_blocks() -> None:
+    """From now on give back every freed block of 4 MiB and more at once, in all threads.
+
+    glibc raises the size from which it does so to that of the largest block freed so far, up to 32 MiB. Each thread
+    then keeps a heap of its own with the holes of earlier temporaries: an 8B-shaped merge through NF4 takes 1.1 GB
+    with 2 threads and 2.3 GB with 8; with this, in the same time, 0.7 and 1.1 GB.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such call
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def peak_rss_bytes() -> int:

@@ -36,6 +36,7 @@ def opened(folder: Path, section: ModelSection) -> tuple[Any, Any]:
 def test_training_sees_the_same_bits_and_the_same_base(tmp_path: Path, llama_folder: Path, double_quant: bool) -> None:
     section = ModelSection(double_quant=double_quant)
     quantize(llama_folder, tmp_path / "nf4", double_quant=double_quant, max_shard_bytes=SMALL)
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "nf4").iterdir()), "others are to read them"
     source, of_source = opened(llama_folder, section)
     cached, of_cached = opened(tmp_path / "nf4", section)
     assert of_cached == of_source

@@ -96,6 +96,8 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
         try:
             yield partial
             for path in [*partial.folder.rglob("*"), partial.folder]:
+                if path.is_file():
+                    path.chmod(0o644)  # safetensors makes its files private
                 fsync(path)
         except OSError as error:
             if error.errno not in _FULL:

@@ -31,6 +31,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 def run_alone(command: Callable[[], object]) -> int:
     """Run ``command`` without a process group; 0, or the exit code of its UserError, which is printed."""
+    distributed.silence_others()
     try:
         command()
     except UserError as error:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from qvtune import versions
 from qvtune.cluster.batch import run_dir_of_job
-from qvtune.cluster.distributed import silence_others
 from qvtune.cluster.doctor import storage
 from qvtune.cluster.doctor.findings import Finding
 from qvtune.cluster.doctor.needs import needs_of, open_folder
@@ -59,7 +58,6 @@ def submit(request: Request) -> None:
 
     Raises UserError with all that is wrong; the run folder is then as it was.
     """
-    silence_others()
     problems = _request_problems(request)
     run: RunConfig | None = None
     try:

@@ -13,7 +13,7 @@ from qvtune.base.output import partial_output, require_free
 from qvtune.data import IGNORE_INDEX
 from qvtune.errors import ProofError, UserError
 from qvtune.files import write_json
-from qvtune.memory import return_freed_memory
+from qvtune.memory import keep_no_large_blocks, return_freed_memory
 from qvtune.merge.formats import FormatName, OutputFormat, output_format
 from qvtune.merge.source import open_source
 from qvtune.merge.task import BaseChoice, DtypeChoice, Task, open_task
@@ -58,6 +58,7 @@ def convert(
     merged, ProofError where the proof fails; ``output`` does not appear then.
     """
     started = time.monotonic()
+    keep_no_large_blocks()
     _check_numbers(max_shard_bytes, proof_rows, num_threads)
     require_free(output)
     opened = open_source(source, base=base, allow_pickle=allow_pickle)
