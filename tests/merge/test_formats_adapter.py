@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from qvtune.config.schema import ModelSection
 from qvtune.errors import ProofError, UserError
+from qvtune.merge.base import open_merge_base
 from qvtune.merge.convert import convert
 from qvtune.merge.formats import peft_folder
 from tests.merge.conftest import MakeRun
 from tests.merge.foreign import save_adapter
 from tests.tiny import make_model_folder
 
+V_PROJ = "model.layers.0.self_attn.v_proj"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 to_adapter = partial(convert, format="adapter")
 Tensors = dict[str, torch.Tensor]
@@ -58,7 +62,32 @@ def test_a_checkpoint_becomes_a_clean_folder_that_plain_peft_loads(
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert report.format == "adapter"
     assert report.proof.top1_agreement == 1.0
-    assert "PeftModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("base_weights", "quantization"), [("dequantized", "nf4"), ("original", "none")])
+def test_what_its_card_says_loads_it_on_the_weights_that_were_chosen(
+    make_run: MakeRun,
+    llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base_weights: Any,
+    quantization: Any,
+    dtype: torch.dtype,
+) -> None:
+    to_adapter(make_run(llama_folder, dtype=dtype), tmp_path / "out", base_weights=base_weights)
+    card = (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    loaded: dict[str, Any] = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], loaded)
+    layer = loaded["model"].get_submodule(f"base_model.model.{V_PROJ}.base_layer")
+    found = layer.weight.data
+    if base_weights == "dequantized":
+        assert layer.compute_dtype == dtype
+        found = dequantize_4bit(found, layer.weight.quant_state)
+    base = open_merge_base(llama_folder, ModelSection(quantization=quantization), dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found.flatten(), base.reader(f"{V_PROJ}.weight")(0, found.numel()).to(dtype))
 
 
 def _zeroed(adapter: Path, tmp_path: Path) -> Path:

@@ -81,12 +81,25 @@ def limits(task: Task) -> Limits:
 
 
 def how_to_load(task: Task, title: str) -> str:
-    """As ``OutputFormat``."""
-    return (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {task.auto_class}\n\n"
-        f'base = {task.auto_class}.from_pretrained("{_base_name(task)}")\n'
-        f'model = PeftModel.from_pretrained(base, "{title}")\n```'
-    )
+    """As ``OutputFormat``; the base in training's dtype, and in 4 bits where its folder does not say so."""
+    dtype = str(task.dtype).removeprefix("torch.")
+    imports, four_bits, option = [task.auto_class], "", ""
+    if task.base.opened is not None and not task.base.opened.stored:
+        imports, option = [task.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
+        four_bits = f"""nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={task.model.double_quant},
+    bnb_4bit_compute_dtype="{dtype}",
+)
+"""
+    return f"""```python
+from peft import PeftModel
+from transformers import {", ".join(imports)}
+
+{four_bits}base = {task.auto_class}.from_pretrained("{_base_name(task)}", dtype="{dtype}"{option})
+model = PeftModel.from_pretrained(base, "{title}")
+```"""
 
 
 def _todays_names(model: Any) -> dict[str, str]:
