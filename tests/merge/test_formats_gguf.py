@@ -1,5 +1,6 @@
 """``--format gguf``: read again by transformers' own reader and by llama.cpp, neither of which knows this writer."""
 
+import io
 import json
 import urllib.request
 from functools import partial
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from qvtune.errors import ProofError, UserError
 from qvtune.merge.convert import convert
 from qvtune.merge.formats import gguf_file, gguf_tokenizer
 from tests.merge.conftest import MakeRun
-from tests.tiny import make_model_folder
+from tests.tiny import CORPUS, make_model_folder
 
 to_gguf = partial(convert, format="gguf")
 LLAMA3 = {
@@ -90,6 +92,42 @@ def test_llama_cpp_continues_as_transformers_does(
     num_read, tokens = continued(out / gguf_file.FILE, TEXT * 2)
     assert num_read == len(ids)
     assert tokens == expected
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_llama_cpp_reads_sentencepiece_as_its_own_library_does(
+    make_run: MakeRun, tmp_path: Path, dummy_prefix: bool
+) -> None:
+    base = make_model_folder(tmp_path / "base", dtype=torch.float32)
+    content = sentencepiece_model(dummy_prefix)
+    for path in (*base.glob("tokenizer*"), base / "chat_template.jinja"):
+        path.unlink()
+    (base / "tokenizer.model").write_bytes(content)
+    LlamaTokenizer.from_pretrained(base, add_bos_token=True).save_pretrained(base)
+    (base / "tokenizer.model").write_bytes(content)
+    out, merged = written(make_run, base, tmp_path)
+    ids = [1, *SentencePieceProcessor(model_proto=content).encode(TEXT)]
+    model: Any = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False, suppress_tokens=[2])[0]
+    assert continued(out / gguf_file.FILE, TEXT) == (len(ids), expected[len(ids) :].tolist())
+
+
+def sentencepiece_model(dummy_prefix: bool) -> bytes:
+    """Byte pairs with what Llama 2 and Mistral set; nothing is normalized."""
+    stream = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=stream,
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=dummy_prefix,
+        minloglevel=2,
+    )
+    return stream.getvalue()
 
 
 def continued(file: Path, text: str) -> tuple[int, list[int]]:
