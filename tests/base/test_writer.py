@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qvtune.base import writer
-from qvtune.base.writer import TensorPlan, checksum_of, index_of, plan_files, write_file
+from qvtune.base.writer import TensorPlan, checksum_of, plan_files, write_file, write_index
 
 TENSORS = {
     "odd.weight": torch.randn(3, 1).bfloat16(),
@@ -60,8 +60,11 @@ def test_every_tensor_begins_at_a_multiple_of_its_element_size(tmp_path: Path) -
         assert entry["data_offsets"][0] % TENSORS[name].element_size() == 0, name
 
 
-def test_shards_stay_below_their_size_and_a_larger_tensor_stands_alone() -> None:
-    assert list(plan_files(PLANS, 10**6)) == ["model.safetensors"]
+def test_shards_stay_below_their_size_and_a_larger_tensor_stands_alone(tmp_path: Path) -> None:
+    whole = plan_files(PLANS, 10**6)
+    assert list(whole) == ["model.safetensors"]
+    write_index(tmp_path, whole)
+    assert not list(tmp_path.iterdir()), "one file needs no index"
     files = plan_files(PLANS, 20)
     names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
     assert list(files) == names
@@ -71,7 +74,8 @@ def test_shards_stay_below_their_size_and_a_larger_tensor_stands_alone() -> None
         ["bias", "scalar"],
         ["norm"],
     ]
-    index = index_of(files)
+    write_index(tmp_path, files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["bias"] == names[2]
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in TENSORS.values())}
 
