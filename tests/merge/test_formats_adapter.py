@@ -64,18 +64,20 @@ def test_a_checkpoint_becomes_a_clean_folder_that_plain_peft_loads(
     assert report.proof.top1_agreement == 1.0
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("base_weights", "quantization"), [("dequantized", "nf4"), ("original", "none")])
 def test_what_its_card_says_loads_it_on_the_weights_that_were_chosen(
     make_run: MakeRun,
-    llama_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     base_weights: Any,
     quantization: Any,
     dtype: torch.dtype,
+    stored: torch.dtype,
 ) -> None:
-    to_adapter(make_run(llama_folder, dtype=dtype), tmp_path / "out", base_weights=base_weights)
+    folder = make_model_folder(tmp_path / "base", dtype=stored)
+    to_adapter(make_run(folder, dtype=dtype), tmp_path / "out", base_weights=base_weights)
     card = (tmp_path / "out" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     loaded: dict[str, Any] = {}
@@ -85,9 +87,8 @@ def test_what_its_card_says_loads_it_on_the_weights_that_were_chosen(
     if base_weights == "dequantized":
         assert layer.compute_dtype == dtype
         found = dequantize_4bit(found, layer.weight.quant_state)
-    base = open_merge_base(llama_folder, ModelSection(quantization=quantization), dtype)
-    assert found.dtype == dtype
-    assert torch.equal(found.flatten(), base.reader(f"{V_PROJ}.weight")(0, found.numel()).to(dtype))
+    base = open_merge_base(folder, ModelSection(quantization=quantization), dtype)
+    assert torch.equal(found.flatten().to(dtype), base.reader(f"{V_PROJ}.weight")(0, found.numel()).to(dtype))
 
 
 def _zeroed(adapter: Path, tmp_path: Path) -> Path:

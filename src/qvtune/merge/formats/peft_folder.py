@@ -6,6 +6,7 @@ folder there, so that a name that it does not know, which it would pass over in 
 
 import math
 from dataclasses import fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +82,33 @@ def limits(task: Task) -> Limits:
 
 
 def how_to_load(task: Task, title: str) -> str:
-    """As ``OutputFormat``; the base in training's dtype, and in 4 bits where its folder does not say so."""
-    dtype = str(task.dtype).removeprefix("torch.")
-    imports, four_bits, option = [task.auto_class], "", ""
+    """As ``OutputFormat``; the base in training's dtype, and in 4 bits where its folder does not say so.
+
+    transformers quantizes what it has cast before, training what is stored: hence a dtype that holds both.
+    """
+    dtype, imports, four_bits, option = task.dtype, [task.auto_class], "", ""
     if task.base.opened is not None and not task.base.opened.stored:
+        stored = (task.base.weights[name].dtype for name in task.base.quantized)
+        dtype = reduce(torch.promote_types, stored, task.dtype)
         imports, option = [task.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
         four_bits = f"""nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant={task.model.double_quant},
-    bnb_4bit_compute_dtype="{dtype}",
+    bnb_4bit_compute_dtype="{_name(task.dtype)}",
 )
 """
     return f"""```python
 from peft import PeftModel
 from transformers import {", ".join(imports)}
 
-{four_bits}base = {task.auto_class}.from_pretrained("{_base_name(task)}", dtype="{dtype}"{option})
+{four_bits}base = {task.auto_class}.from_pretrained("{_base_name(task)}", dtype="{_name(dtype)}"{option})
 model = PeftModel.from_pretrained(base, "{title}")
 ```"""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _todays_names(model: Any) -> dict[str, str]:
