@@ -117,8 +117,7 @@ def skeleton(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) 
         config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder}/config.json: {error}") from error
-    for name, value in changes.items():
-        setattr(config, name, value)
+    config.update(changes)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     name = (config.architectures or ["ForCausalLM"])[0]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,9 +83,9 @@ def merged_folder(folder: Path) -> Side:
     return as_stored(MergeBase(folder, weights, weights.tensors, {}, None))
 
 
-def as_stored(base: MergeBase, changes: Mapping[str, Change] = MappingProxyType({})) -> Side:
-    """A model of tensors as they are, those in 4 bits dequantized, and ``changes`` of some of them."""
-    return Side(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last), changes)
+def as_stored(base: MergeBase) -> Side:
+    """A model of tensors as they are, those in 4 bits dequantized."""
+    return Side(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last))
 
 
 def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> Side:

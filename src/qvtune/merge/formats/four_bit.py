@@ -10,6 +10,7 @@ merges into unless told otherwise, and the share of the updates that is left is 
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial as bind
 from pathlib import Path
@@ -69,8 +70,7 @@ def _open(task: Task) -> tuple[Base, Merger]:
     }
     weights = MergedWeights(task.base.folder, tensors, merger)
     config = read_model_config(task.base.folder, task.model)
-    for name, value in task.settings.items():
-        setattr(config, name, value)
+    config.update(task.settings)
     skeleton = build_skeleton(config, _section(task), task.dtype, "sdpa")
     check_tensors(skeleton, weights, {})
     return Base(skeleton, weights, {}), merger
@@ -89,23 +89,24 @@ def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads:
     require_base(task)
     copy_companions(task.base.folder, partial.folder)
     finish(partial, base, merged_config(task))
-    kinds = {name: "quantized" if name in base.quantized() else merger.kind(name) for name in base.weights}
+    quantized = base.quantized().keys()
+    kinds = {name: "quantized" if name in quantized else merger.kind(name) for name in base.weights}
     num_bytes = sum(plan.num_bytes for plans in files.values() for plan in plans)
-    kept = _require_updates(task, partial.folder)
+    kept = _require_updates(task, partial.folder, sorted(task.adapter.changes.keys() & quantized))
     return Written(list(files), num_bytes, kinds, list(merger.updates.values()), kept)
 
 
-def _require_updates(task: Task, folder: Path) -> float:
-    """The share of what the adapter adds that is left in ``folder``: <D - W, dW> / <dW, dW> over all its matrices.
+def _require_updates(task: Task, folder: Path, names: Collection[str]) -> float:
+    """The share of what the adapter adds to ``names`` that is left in ``folder``: <D - W, dW> / <dW, dW> over all.
 
     Raises ProofError where it is further from 1 than errors of quantization, which know nothing of dW, explain.
     """
-    written = _written(task, folder)
+    base, written = as_stored(task.base), _written(task, folder)
     left = whole = noise = 0.0
     num_weights = 0
-    for name in task.adapter.changes.keys() & _open(task)[0].quantized().keys():
-        before = as_stored(task.base).rows(name)
-        update = as_stored(task.base, task.adapter.changes).rows(name) - before
+    for name in names:
+        before = base.rows(name)
+        update = task.adapter.changes[name].apply(before) - before
         found = written.rows(name) - before
         left += torch.sum(found * update, dtype=torch.float64).item()
         whole += torch.sum(update * update, dtype=torch.float64).item()

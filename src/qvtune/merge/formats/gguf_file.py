@@ -154,8 +154,7 @@ def _config(task: Task) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(task.base.folder, trust_remote_code=task.model.trust_remote_code)
-    for name, value in task.settings.items():
-        setattr(config, name, value)
+    config.update(dict(task.settings))
     return config
 
 

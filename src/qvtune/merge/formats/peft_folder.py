@@ -52,7 +52,7 @@ def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads:
     if task.source.fingerprint is not None:
         _read_all(task)
         require_base(task)
-    config = _config(saved, task)
+    config = _config(saved)
     model: Any = peft.get_peft_model(_empty_base(task), config, low_cpu_mem_usage=True)
     given, names = plain_keys(saved.tensors), _todays_names(model)
     if unknown := sorted(given.keys() - names.keys()):
@@ -131,7 +131,7 @@ def _base_name(task: Task) -> str:
     return str(task.base.folder.resolve()) if name == "demo" or Path(name).exists() else name
 
 
-def _config(saved: SavedAdapter, task: Task) -> peft.PeftConfig:
+def _config(saved: SavedAdapter) -> peft.PeftConfig:
     """For use: how training initialised the factors does not matter any more, and could be an error elsewhere."""
     values = {key: value for key, value in saved.config.values.items() if value is not None}
     values |= {"inference_mode": True, "init_lora_weights": True}
