@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from qvtune.cluster.command import run_alone
-from qvtune.merge.convert import DEFAULT_SHARD_BYTES, BaseChoice, DtypeChoice, convert
-from qvtune.merge.formats import FormatName
+from qvtune.convert.convert import DEFAULT_SHARD_BYTES, BaseChoice, DtypeChoice, convert
+from qvtune.convert.formats import FormatName
+from qvtune.distributed.command import run_alone
 
 
 def main() -> int:

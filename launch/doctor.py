@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from qvtune.cluster.command import run_alone
-from qvtune.cluster.doctor.examine import doctor
+from qvtune.distributed.command import run_alone
+from qvtune.doctor.examine import doctor
 
 
 def main() -> int:

@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from qvtune.base.quantize import DEFAULT_SHARD_BYTES, quantize
-from qvtune.base.source import model_folder
-from qvtune.cluster.command import run_alone
-from qvtune.paths import cache_dir
+from qvtune.distributed.command import run_alone
+from qvtune.model.quantize import DEFAULT_SHARD_BYTES, quantize
+from qvtune.model.source import model_folder
+from qvtune.storage.paths import cache_dir
 
 
 def main() -> int:

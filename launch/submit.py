@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from qvtune.cluster.command import run_alone
-from qvtune.cluster.submit import Request, submit
+from qvtune.distributed.command import run_alone
+from qvtune.submit.submit import Request, submit
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qvtune.cluster.command import run_command
+from qvtune.distributed.command import run_command
 from qvtune.train.loop import train_from_file
 
 

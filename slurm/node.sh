@@ -50,7 +50,7 @@ case $code in
     *)
         # srun would wait for a host that does not answer until Slurm gives the host up
         read -ra hosts <<<"$QVTUNE_HOSTS"
-        [[ $(python -m qvtune.cluster.batch lost "$QVTUNE_MASTER_PORT" "${hosts[@]}") ]] &&
+        [[ $(python -m qvtune.submit.batch lost "$QVTUNE_MASTER_PORT" "${hosts[@]}") ]] &&
             scancel --batch --signal=USR2 "$SLURM_JOB_ID"
         ;;
 esac

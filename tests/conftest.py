@@ -1,4 +1,4 @@
-"""Fixtures for all tests; what they are made of is in tests/tiny.py."""
+"""Fixtures for all tests; what they are made of is in tests/support/tiny.py."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qvtune.cluster import distributed
-from tests.tiny import make_model_folder, make_tokenizer
+from qvtune.distributed import process_group
+from tests.support.tiny import make_model_folder, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +33,10 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes several processes, done by this one without a process group."""
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own])
-    monkeypatch.setattr(distributed, "barrier", lambda: None)
-    monkeypatch.setattr(distributed, "together", nullcontext)
-    monkeypatch.setattr(distributed, "from_main", lambda value: value)
+    monkeypatch.setattr(process_group, "gather_objects", lambda own: [own])
+    monkeypatch.setattr(process_group, "barrier", lambda: None)
+    monkeypatch.setattr(process_group, "together", nullcontext)
+    monkeypatch.setattr(process_group, "from_main", lambda value: value)
 
 
 @pytest.fixture

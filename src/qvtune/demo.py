@@ -12,16 +12,17 @@ from rich.rule import Rule
 from rich.table import Table
 from torch import nn
 
-from qvtune.base.loader import load_whole
-from qvtune.base.source import model_folder
-from qvtune.cluster.command import run_alone
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
-from qvtune.data.demo import demo_files
-from qvtune.merge.convert import convert
-from qvtune.paths import cache_dir, repository
-from qvtune.report.console import console
+from qvtune.console import console
+from qvtune.convert.convert import convert
+from qvtune.distributed.command import run_alone
+from qvtune.embedded.data import demo_files
+from qvtune.model.loader import load_whole
+from qvtune.model.source import model_folder
 from qvtune.report.metrics import read_metrics
+from qvtune.storage.paths import cache_dir
+from qvtune.versions import repository
 
 _RECIPE = Path("launch/recipes/demo.yaml")
 _NUM_SAMPLES, _SAMPLE_TOKENS = 3, 48

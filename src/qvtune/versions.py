@@ -4,8 +4,6 @@ import importlib.metadata
 import subprocess
 from pathlib import Path
 
-from qvtune.paths import repository
-
 PACKAGES = (
     "qvtune",
     "torch",
@@ -19,6 +17,11 @@ PACKAGES = (
     "numpy",
 )
 COMMIT_FILE = "COMMIT"  # in a frozen copy of the source, which has no history of its own
+
+
+def repository() -> Path:
+    """The checkout this package runs from (it is installed with ``pip install -e``)."""
+    return Path(__file__).parents[2]
 
 
 def installed() -> dict[str, str | None]:

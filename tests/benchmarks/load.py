@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from qvtune.base.quantize import quantize
-from tests.base.sparse import SMOLLM2_135M, llama_shapes, num_weights
-from tests.processes import run_ranks
+from qvtune.model.quantize import quantize
+from tests.model.sparse import SMOLLM2_135M, llama_shapes, num_weights
+from tests.support.processes import run_ranks
 
 CONFIG = {
     **SMOLLM2_135M,

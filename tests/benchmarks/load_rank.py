@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qvtune.base.loader import fill, open_base
-from qvtune.base.shard import ZeroPartition
-from qvtune.base.source import open_weights
-from qvtune.cluster import distributed
 from qvtune.config.schema import ModelSection
-from qvtune.memory import peak_rss_bytes
-from tests.base.one_of_many import resident_bytes_now
+from qvtune.distributed import process_group
+from qvtune.model.loader import fill, open_base
+from qvtune.model.shard import ZeroPartition
+from qvtune.storage.safetensors import open_weights
+from qvtune.system import peak_rss_bytes
+from tests.model.one_of_many import resident_bytes_now
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
 Costs = dict[str, int]
@@ -29,7 +29,7 @@ def zero3(folder: Path) -> tuple[nn.Module, Costs]:
     """The loader of this project: each rank its part."""
     base = open_base(folder, ModelSection(quantization="nf4"), torch.bfloat16, "sdpa")
     placement = ZeroPartition(DEEPSPEED, torch.bfloat16)
-    report, _ = fill(base, placement, torch.bfloat16, distributed.gather_tensor)
+    report, _ = fill(base, placement, torch.bfloat16, process_group.gather_tensor)
     return base.skeleton, {"bytes_read": report.bytes_read, "base_bytes": report.base_bytes}
 
 
@@ -56,8 +56,8 @@ def _bytes_with_statistics(parameter: Any) -> int:
 def main() -> None:
     """Load and note what it has cost."""
     load = {"zero3": zero3, "transformers": transformers}[sys.argv[1]]
-    distributed.start()
-    distributed.barrier()
+    process_group.start()
+    process_group.barrier()
     idle = resident_bytes_now()
     started = time.monotonic()
     model, costs = load(Path(sys.argv[2]))
@@ -65,8 +65,8 @@ def main() -> None:
     peak = peak_rss_bytes()
     assert any(True for _ in model.parameters()), "the model must live until its memory has been read"
     result = {**costs, "seconds": seconds, "peak_bytes": peak, "added_bytes": peak - idle}
-    (Path(sys.argv[3]) / f"rank-{distributed.rank()}.json").write_text(json.dumps(result))
-    distributed.stop()
+    (Path(sys.argv[3]) / f"rank-{process_group.rank()}.json").write_text(json.dumps(result))
+    process_group.stop()
 
 
 if __name__ == "__main__":

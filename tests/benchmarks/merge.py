@@ -23,11 +23,11 @@ from rich.table import Table
 
 from qvtune.checkpoint import folder, state
 from qvtune.config.schema import ModelSection
-from qvtune.merge.base import open_merge_base
-from tests.base.sparse import llama_shapes
+from qvtune.convert.merge.base import open_merge_base
 from tests.benchmarks.load import CONFIG, make_model
-from tests.processes import run_command
-from tests.tiny import make_tokenizer
+from tests.model.sparse import llama_shapes
+from tests.support.processes import run_command
+from tests.support.tiny import make_tokenizer
 
 WAYS = ("peft", "original", "dequantized", "original+proof", "dequantized+proof")
 RANK = 16

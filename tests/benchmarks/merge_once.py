@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from qvtune.memory import peak_rss_bytes
+from qvtune.system import peak_rss_bytes
 
 
 def peft(run: Path, output: Path) -> float:
@@ -30,16 +30,16 @@ def peft(run: Path, output: Path) -> float:
 
 def ours(choice: str, run: Path, output: Path) -> float:
     """This project's merge without its proof."""
-    from qvtune.base.companions import copy_companions
-    from qvtune.base.output import partial_output
-    from qvtune.files import write_json
-    from qvtune.merge.convert import DEFAULT_SHARD_BYTES
-    from qvtune.merge.source import open_source
-    from qvtune.merge.task import open_task
-    from qvtune.merge.write import made_from, merged_config, write_weights
+    from qvtune.convert.conversion import open_task
+    from qvtune.convert.convert import DEFAULT_SHARD_BYTES
+    from qvtune.convert.merge.write import made_from, merged_config, write_weights
+    from qvtune.convert.sources.source import open_source
+    from qvtune.model.companions import copy_companions
+    from qvtune.storage.files import write_json
+    from qvtune.storage.partial import partial_output
 
     if choice == "dequantized":
-        import qvtune.base.loader  # noqa: F401  # what the merge would import on its way
+        import qvtune.model.loader  # noqa: F401  # what the merge would import on its way
     started = time.monotonic()
     task = open_task(open_source(run), choice, "bfloat16")  # type: ignore[arg-type]
     with partial_output(output, made_from(task, DEFAULT_SHARD_BYTES)) as partial:
@@ -51,7 +51,7 @@ def ours(choice: str, run: Path, output: Path) -> float:
 
 def proved(choice: str, run: Path, output: Path) -> float:
     """The whole command; its imports happen on the way and are counted."""
-    from qvtune.merge.convert import convert
+    from qvtune.convert.convert import convert
 
     started = time.monotonic()
     convert(run, output, base_weights=choice, dtype="bfloat16")  # type: ignore[arg-type]

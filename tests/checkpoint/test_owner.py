@@ -15,8 +15,8 @@ from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.owner import RunFolderLostError, take
 from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
-from qvtune.files import write_json
 from qvtune.report.metrics import MetricsLog
+from qvtune.storage.files import write_json
 from qvtune.train import run_folder
 from qvtune.train.run_folder import open_run_folder, trajectory_settings
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qvtune.adapters.projections import add_adapters, trainable
-from qvtune.base.loader import load_whole
 from qvtune.checkpoint.state import TrainerState, load_trained, load_trainer_state, require_base, save
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
+from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.loader import load_whole
 
 BASE = {"model.norm.weight": "bfloat16[64] 0123456789abcdef"}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from qvtune.base.quantize import quantize
-from qvtune.paths import repository
-from tests.distributed.lab import Job, Lab, change_one_weight, make_lab, poison
+from qvtune.model.quantize import quantize
+from qvtune.versions import repository
 from tests.distributed.worker import LEAKING
-from tests.varlen_attention import VARLEN
+from tests.support.lab import Job, Lab, change_one_weight, make_lab, poison
+from tests.support.varlen_attention import VARLEN
 
 Results = list[dict[str, Any]]  # of each rank: name of the job -> what it returned
 
@@ -42,7 +42,7 @@ TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 UNSEEN_ROWS = {"data__max_length": 63}
 TERMINATED_EARLY = {
     "terminated-tokenizing": {"function": "qvtune.data.dataset.tokenize_row", "nth": 20},
-    "terminated-loading": {"function": "qvtune.base.loader._fill_quantized", "nth": 3},
+    "terminated-loading": {"function": "qvtune.model.loader._fill_quantized", "nth": 3},
 }
 
 

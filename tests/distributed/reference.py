@@ -15,7 +15,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.order import rows_of_step
 from qvtune.data.packing import PackedRow
-from tests.distributed.lab import MAX_GRAD_NORM, Lab
+from tests.support.lab import MAX_GRAD_NORM, Lab
 
 # Linear, 6 steps, warmup_ratio 0.3 = 2 steps, then in 4 equal steps towards min_ratio 0.1 for a seventh step; by hand.
 MULTIPLIERS = (0.5, 1.0, 1.0, 0.775, 0.55, 0.325)

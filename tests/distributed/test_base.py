@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from qvtune.base.source import open_weights
+from qvtune.storage.safetensors import open_weights
 from tests.distributed import reference
 from tests.distributed.conftest import Results
-from tests.distributed.lab import Lab
+from tests.support.lab import Lab
 
 NUM_LAYERS = 2
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.conftest import Results
-from tests.distributed.lab import Lab
+from tests.support.lab import Lab
 
 LR, BETA_1, BETA_2 = 1e-2, 0.9, 0.999
 # Group -> its rate, and whether a parameter is in it.

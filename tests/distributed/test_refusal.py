@@ -4,7 +4,7 @@ import re
 
 from qvtune.checkpoint.folder import newest
 from tests.distributed.conftest import Results
-from tests.distributed.lab import Lab
+from tests.support.lab import Lab
 
 
 def test_attention_that_leaks_between_documents_ends_the_run(lab: Lab, two: Results) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.conftest import DROPOUT, TERMINATED, TERMINATED_EARLY, ZERO2, Results
-from tests.distributed.lab import MAX_STEPS, Lab
+from tests.support.lab import MAX_STEPS, Lab
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.distributed.lab import Lab, make_lab
-from tests.tiny import make_model_folder
+from tests.support.lab import Lab, make_lab
+from tests.support.tiny import make_model_folder
 
 NUM_RANKS = 8
 NUM_LAYERS = 16

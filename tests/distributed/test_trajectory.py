@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import reference
 from tests.distributed.conftest import EQUIVALENT, Results
-from tests.distributed.lab import MAX_GRAD_NORM, MAX_STEPS, Lab
+from tests.support.lab import MAX_GRAD_NORM, MAX_STEPS, Lab
 
 # float32 sums in another order: 1e-7 a step, a little more after AdamW has divided small numbers by small numbers
 ROUNDING = 1e-5

@@ -21,21 +21,21 @@ from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from qvtune.base.fingerprint import content_of
-from qvtune.base.nf4 import NF4Linear
-from qvtune.cluster import distributed
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import collate
+from qvtune.distributed import process_group
+from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested, UserError
-from qvtune.memory import peak_rss_bytes
+from qvtune.model.fingerprint import content_of
+from qvtune.model.nf4 import NF4Linear
+from qvtune.system import peak_rss_bytes
 from qvtune.train import loop
 from qvtune.train import prepare as train_prepare
 from qvtune.train.prepare import prepare
-from qvtune.train.stop import StopRequest
-from tests.base.one_of_many import resident_bytes_now
-from tests.varlen_attention import register_varlen
+from tests.model.one_of_many import resident_bytes_now
+from tests.support.varlen_attention import register_varlen
 
-LEAKING = "leaking"  # beside the VARLEN of tests/varlen_attention.py
+LEAKING = "leaking"  # beside the VARLEN of tests/support/varlen_attention.py
 
 
 def leaking_attention(
@@ -61,7 +61,7 @@ def train(
     with (
         SignalAt(**signal_at).patched() if signal_at else nullcontext(),
         patch("qvtune.train.prepare.choose_attention", lambda setting, dtype: (attention, "of the test")),
-        patch("qvtune.base.loader.fingerprint.content_of", (lambda *_: {}) if unchecked_base else content_of),
+        patch("qvtune.model.loader.fingerprint.content_of", (lambda *_: {}) if unchecked_base else content_of),
     ):
         try:
             return {"code": loop.train(RunConfig.model_validate(config))}
@@ -74,8 +74,10 @@ class SignalAt:
 
     def __init__(self, function: str, nth: int, number: int, to: int | None = None) -> None:
         self.function, self.nth, self.number, self.calls = function, nth, number, 0
-        pids = distributed.gather_objects(os.getpid())
-        self.receiver = pids[distributed.rank() if to is None else to] if to is None or distributed.is_main() else None
+        pids = process_group.gather_objects(os.getpid())
+        self.receiver = (
+            pids[process_group.rank() if to is None else to] if to is None or process_group.is_main() else None
+        )
 
     def patched(self) -> Any:
         """Within this context the function is the one that signals."""
@@ -92,7 +94,7 @@ class SignalAt:
 
     def _send(self, receiver: int) -> None:
         if self.number == signal.SIGKILL:
-            distributed.barrier()  # the step before is done on all ranks
+            process_group.barrier()  # the step before is done on all ranks
         os.kill(receiver, self.number)
         time.sleep(1)  # more than it takes to be noticed
 
@@ -171,15 +173,15 @@ JOBS = {"train": train, "base": base, "memory": memory}
 def main() -> None:
     """Run the jobs."""
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    distributed.start()
+    process_group.start()
     register_varlen()
     AttentionInterface.register(LEAKING, leaking_attention)
     results: dict[str, Any] = {}
     for job in jobs:
         arguments = {key: value for key, value in job.items() if key not in ("name", "do")}
         results[job["name"]] = JOBS[job["do"]](**arguments)
-        (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(results))
-    distributed.stop()
+        (folder / f"rank-{process_group.rank()}.json").write_text(json.dumps(results))
+    process_group.stop()
 
 
 if __name__ == "__main__":

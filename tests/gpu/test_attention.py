@@ -1,6 +1,6 @@
 """The flash kernels themselves: packed documents have the loss of the same documents apart.
 
-The same comparison as in tests/train/test_objective.py, where plain PyTorch stands for the kernels. To run it: a
+The same comparison as in tests/tasks/test_causal_lm.py, where plain PyTorch stands for the kernels. To run it: a
 machine with an A100 or newer, `make env TORCH_BACKEND=auto`, `pytest tests/gpu`.
 """
 
@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from qvtune.adapters.projections import add_adapters, trainable
-from qvtune.base.attention import choose_attention
-from qvtune.base.loader import load_whole
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.data.batch import Batch, collate, separate
 from qvtune.errors import UserError
-from qvtune.train.objective import CausalLMObjective
-from tests.tiny import make_model_folder, make_row
+from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.attention import choose_attention
+from qvtune.model.loader import load_whole
+from qvtune.tasks.causal_lm import CausalLMObjective
+from tests.support.tiny import make_model_folder, make_row
 
 pytestmark = pytest.mark.gpu
 # Mean loss in nats, and cosine between gradients. bf16 keeps 8 bits and the kernels sum in another order for other

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from tests.distributed.lab import Lab, make_lab
-from tests.processes import REPOSITORY, Finished, run_command
+from tests.support.lab import Lab, make_lab
+from tests.support.processes import REPOSITORY, Finished, run_command
 
 TRAIN = REPOSITORY / "launch" / "train.py"
 LAUNCHERS: dict[str, list[str]] = {

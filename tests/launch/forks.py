@@ -15,7 +15,7 @@ import deepspeed
 import peft
 import transformers
 
-from qvtune.base import nf4
+from qvtune.model import nf4
 from qvtune.train import loop
 
 WARM = (deepspeed, peft, transformers.AutoModelForCausalLM, transformers.AutoTokenizer, nf4, loop)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.lab import Lab
 from tests.launch.conftest import TRAIN, train, without_gpu
-from tests.processes import run_command
+from tests.support.lab import Lab
+from tests.support.processes import run_command
 
 # Name -> arguments after the recipe, and what the message must name.
 WRONG: dict[str, tuple[list[str], list[str]]] = {

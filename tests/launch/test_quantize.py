@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.processes import REPOSITORY, run_command
+from tests.support.processes import REPOSITORY, run_command
 
 QUANTIZE = REPOSITORY / "launch" / "quantize.py"
 

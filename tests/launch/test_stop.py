@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from qvtune.checkpoint.folder import complete_checkpoints, newest, verify
+from qvtune.distributed.stop import REPEAT_SECONDS
 from qvtune.errors import StopRequested
-from qvtune.train.stop import REPEAT_SECONDS
-from tests.distributed.lab import Lab
 from tests.launch.conftest import TRAIN, without_gpu
-from tests.processes import started
+from tests.support.lab import Lab
+from tests.support.processes import started
 
 pytestmark = without_gpu
 

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from qvtune.config.load import load_config
-from tests.distributed.lab import Lab
 from tests.launch.conftest import TRAIN, train, without_gpu
+from tests.support.lab import Lab
 
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
 FIELDS = {

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from tests.distributed.lab import Lab, make_lab
-from tests.processes import REPOSITORY, run_ranks
 from tests.slurm.cluster import GPUS_PER_HOST, Cluster, Job
+from tests.support.lab import Lab, make_lab
+from tests.support.processes import REPOSITORY, run_ranks
 
 MAX_STEPS = 20  # some seconds: a fault that waits for step 4 finds the run at work
 SAVE_EVERY = 8

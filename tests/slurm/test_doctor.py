@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.lab import Lab, make_lab
-from tests.processes import REPOSITORY
 from tests.slurm.cluster import GPUS_PER_HOST, HOSTS, LOGIN, Cluster
+from tests.support.lab import Lab, make_lab
+from tests.support.processes import REPOSITORY
 
 MASTER, *OTHERS = HOSTS
 PORT = "23456"

@@ -10,9 +10,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.processes import REPOSITORY
 from tests.slurm.cluster import LOGIN
 from tests.slurm.site import Site
+from tests.support.processes import REPOSITORY
 
 HOSTILE = 'it\'s a "run" $(touch pwned); `touch pwned` & %j\nof two lines'
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY
 from tests.slurm.cluster import GPUS_PER_HOST, LOGIN
 from tests.slurm.site import Site
+from tests.support.processes import REPOSITORY
 
 TEMPLATES = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sbatch"))
 OPTIONS = {"train.sbatch": ["--nodes=4", f"--gpus-per-node={GPUS_PER_HOST}"], "sweep.sbatch": ["--array=0-3"]}

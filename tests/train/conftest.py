@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from qvtune.adapters.projections import add_adapters, trainable
-from qvtune.base.loader import load_whole
 from qvtune.config.schema import AdapterSection, ModelSection
-from qvtune.train.objective import CausalLMObjective
+from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.loader import load_whole
+from qvtune.tasks.causal_lm import CausalLMObjective
 
 
 @pytest.fixture(scope="session")

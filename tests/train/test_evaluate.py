@@ -11,10 +11,10 @@ from torch import nn
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
 from qvtune.data.packing import PackedRow
+from qvtune.tasks.causal_lm import CausalLMObjective
 from qvtune.train import evaluate as evaluate_module
 from qvtune.train.evaluate import evaluate
-from qvtune.train.objective import CausalLMObjective
-from tests.tiny import make_row
+from tests.support.tiny import make_row
 
 LENGTHS = [(9, 4), (20,), (7, 7, 7), (3,), (12, 5)]
 NUM_ROWS = len(LENGTHS)
@@ -63,11 +63,11 @@ def test_the_mean_over_all_label_tokens(
     with torch.no_grad():
         total = sum(objective(collate([row], pad_token_id=0)).item() for row in rows)
     expected = total / sum((row.labels != IGNORE_INDEX).sum() for row in rows)
-    monkeypatch.setattr(evaluate_module.distributed, "world_size", lambda: num_ranks)
-    monkeypatch.setattr(evaluate_module.distributed, "sum_over_ranks", lambda *values: list(values))
+    monkeypatch.setattr(evaluate_module.process_group, "world_size", lambda: num_ranks)
+    monkeypatch.setattr(evaluate_module.process_group, "sum_over_ranks", lambda *values: list(values))
     own_losses = []
     for rank in range(num_ranks):
-        monkeypatch.setattr(evaluate_module.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluate_module.process_group, "rank", lambda rank=rank: rank)
         engine = Engine(objective)
         loss, seconds = evaluate(engine, rows, micro_batch_size, pad_token_id=0)
         assert engine.num_calls == num_passes, "ZeRO-3 gathers in every pass: all ranks take part"

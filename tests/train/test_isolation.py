@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from qvtune.data.batch import Batch, collate
+from qvtune.tasks.causal_lm import CausalLMObjective
 from qvtune.train import isolation
 from qvtune.train.isolation import check_isolation
-from qvtune.train.objective import CausalLMObjective
-from tests.tiny import make_row
+from tests.support.tiny import make_row
 
 MakeObjective = Callable[..., CausalLMObjective]
 
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation.distributed, "max_over_ranks", lambda *values: list(values))
-    monkeypatch.setattr(isolation.distributed, "sum_over_ranks", lambda *values: list(values))
+    monkeypatch.setattr(isolation.process_group, "max_over_ranks", lambda *values: list(values))
+    monkeypatch.setattr(isolation.process_group, "sum_over_ranks", lambda *values: list(values))
 
 
 class LeakingModel(nn.Module):
@@ -53,7 +53,7 @@ def test_leaking_attention_stops_the_run(make_objective: MakeObjective, dtype: t
 def test_a_difference_on_another_rank_stops_this_one_too(
     make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolation.distributed, "max_over_ranks", lambda *values: [0.5])
+    monkeypatch.setattr(isolation.process_group, "max_over_ranks", lambda *values: [0.5])
     with pytest.raises(RuntimeError, match=r"differ by 5\.00e-01 nats"):
         check_isolation(make_objective(), collate([make_row(9, 14)], 0), torch.float32)
 

@@ -7,10 +7,10 @@ import pytest
 import torch.distributed as dist
 
 from qvtune.config.schema import RunConfig
+from qvtune.distributed.stop import StopRequest
 from qvtune.errors import UserError
 from qvtune.train.prepare import plan
-from qvtune.train.stop import StopRequest
-from tests.tiny import ENCODERS, make_model_folder
+from tests.support.tiny import ENCODERS, make_model_folder
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from qvtune.checkpoint.folder import step_folder
 from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
-from qvtune.files import write_json
+from qvtune.storage.files import write_json
 from qvtune.train.run_folder import environment, find_resume, open_run_folder, trajectory_settings
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qvtune.errors import UserError
-from qvtune.files import fsync, sha256
+from qvtune.storage.files import fsync, sha256
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvtune.files import write_json
+from qvtune.storage.files import write_json
 
 _PREFIX, _IDENTITY, _ASIDE = ".owner-", "owner.json", "aside"
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qvtune.adapters.projections import saved_name, trainable
-from qvtune.base import fingerprint
-from qvtune.base.fingerprint import Fingerprint
-from qvtune.base.shard import Shard
-from qvtune.cluster import distributed
+from qvtune.distributed import process_group
 from qvtune.errors import UserError
-from qvtune.files import write_json
+from qvtune.model import fingerprint
+from qvtune.model.adapters import saved_name, trainable
+from qvtune.model.fingerprint import Fingerprint
+from qvtune.model.shard import Shard
+from qvtune.storage.files import write_json
 
 TRAINED = "trained.safetensors"  # takes the place of the adapter where matrices of the base are trained
 _ADAPTER, _BASE = "adapter_model.safetensors", "base.json"
@@ -159,7 +159,7 @@ def _set_state(parameter: nn.Parameter, key: str, whole: torch.Tensor) -> None:
 
 def _own_piece(whole: torch.Tensor) -> torch.Tensor:
     """This rank's part under ZeRO-3, flat, zeros at the end."""
-    shard = Shard(distributed.rank(), distributed.world_size())
+    shard = Shard(process_group.rank(), process_group.world_size())
     start, end = shard.span(whole.numel())
     piece = whole.new_zeros(shard.numel(whole.numel()))
     piece[: end - start] = whole.flatten()[start:end]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qvtune.config.problems import closest, describe, suggestion
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
-from qvtune.paths import repository
+from qvtune.versions import repository
 
 # Keys that may stand in a JSON, at the top and in two of its blocks. DeepSpeed ignores keys that it does not know, and
 # most that it does know belong to things this project does itself (schedule, master weights, checkpoints, reports).

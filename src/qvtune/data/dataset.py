@@ -16,9 +16,9 @@ from qvtune.config.schema import DataSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow, pack
 from qvtune.data.rows import BadRowError, BadRows, file_sha256, read_rows
-from qvtune.data.storage import new_folder
 from qvtune.data.tokenize import FIXED_DATE, tokenize_row
 from qvtune.errors import UserError
+from qvtune.storage.folder import new_folder
 
 CACHE_VERSION = 1  # raise it whenever the same rows would give other tokens, labels or columns
 ROWS_FILE, COUNTS_FILE = "rows.arrow", "counts.json"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from qvtune.adapters.projections import PROJECTIONS, projection_and_factor, projection_pattern
 from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
+from qvtune.model.adapters import PROJECTIONS, projection_and_factor, projection_pattern
 
 
 def parameter_groups(

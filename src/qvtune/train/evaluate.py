@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from qvtune.cluster import distributed
 from qvtune.data.batch import collate, empty_batch
 from qvtune.data.dataset import TokenRows
+from qvtune.distributed import process_group
 
 
 @torch.no_grad()
@@ -27,12 +27,12 @@ def evaluate(
     started = time.monotonic()
     engine.eval()
     loss_sum = 0.0
-    for start in range(0, len(rows), micro_batch_size * distributed.world_size()):
+    for start in range(0, len(rows), micro_batch_size * process_group.world_size()):
         between_batches()
-        first = start + distributed.rank() * micro_batch_size
+        first = start + process_group.rank() * micro_batch_size
         mine = [rows[index] for index in range(first, min(first + micro_batch_size, len(rows)))]
         batch = collate(mine, pad_token_id) if mine else empty_batch(pad_token_id)
         loss_sum += engine(batch.to(engine.device)).item()
     engine.train()
-    total = distributed.sum_over_ranks(loss_sum)[0]
+    total = process_group.sum_over_ranks(loss_sum)[0]
     return total / int(rows.num_label_tokens.sum()), time.monotonic() - started

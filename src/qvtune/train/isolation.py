@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from qvtune.cluster import distributed
 from qvtune.data.batch import Batch, separate
+from qvtune.distributed import process_group
 
 # Mean nats a label token. Leaking attention changes the loss by 1e-2 and more; rounding by far less.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -22,9 +22,9 @@ def check_isolation(engine: Any, batch: Batch, dtype: torch.dtype) -> str:
     engine.eval()
     packed, apart = engine(batch).item(), engine(separate(batch)).item()
     engine.train()
-    if not math.isfinite(distributed.sum_over_ranks(packed)[0]):
+    if not math.isfinite(process_group.sum_over_ranks(packed)[0]):
         raise RuntimeError("the loss of the first batch is not finite, before any training: look at the base")
-    difference = distributed.max_over_ranks(abs(packed - apart) / max(1, batch.num_label_tokens))[0]
+    difference = process_group.max_over_ranks(abs(packed - apart) / max(1, batch.num_label_tokens))[0]
     if not difference <= _TOLERANCE[dtype]:
         raise RuntimeError(
             f"packed documents and the same documents apart differ by {difference:.2e} nats a token (allowed: "

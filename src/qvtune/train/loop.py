@@ -9,20 +9,20 @@ import torch
 
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint import state as checkpoint_state
-from qvtune.cluster import distributed
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch, collate
 from qvtune.data.order import rows_of_step
+from qvtune.distributed import process_group
+from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
-from qvtune.memory import peak_rss_bytes
 from qvtune.optim.schedule import multiplier
-from qvtune.report.console import StepDisplay
 from qvtune.report.metrics import MetricsLog
+from qvtune.report.step_display import StepDisplay
+from qvtune.system import peak_rss_bytes
 from qvtune.train.evaluate import evaluate
 from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
-from qvtune.train.stop import StopRequest
 
 EXIT_DONE = 0
 Record = Callable[..., None]  # event, fields -> metrics.jsonl
@@ -30,7 +30,7 @@ Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 def train_from_file(path: Path, overrides: Sequence[str]) -> int:
     """``train`` with a recipe and the command line's overrides."""
-    with distributed.together():
+    with process_group.together():
         config = load_config(path, overrides)
     return train(config)
 
@@ -46,7 +46,7 @@ def train(config: RunConfig) -> int:
     stop = StopRequest()
     run = prepare(config, stop)
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
-    settings, rows, world_size = config.train, run.plan.rows, distributed.world_size()
+    settings, rows, world_size = config.train, run.plan.rows, process_group.world_size()
     accumulation = engine.gradient_accumulation_steps()
     last_step = min(max_steps, settings.stop_after_step or max_steps)
     saved_step = state.step if run.resume else None
@@ -55,7 +55,7 @@ def train(config: RunConfig) -> int:
 
     record("run_start", step=state.step, max_steps=max_steps, world_size=world_size, resumed_from=str(run.resume or ""))
     record("base_loaded", **_largest(vars(run.load)))
-    with StepDisplay(state.step, max_steps, visible=distributed.is_main()) as display:
+    with StepDisplay(state.step, max_steps, visible=process_group.is_main()) as display:
         try:
             if state.step >= last_step:
                 display.say(f"step {state.step} of {last_step} is done already: nothing to train")
@@ -72,7 +72,7 @@ def train(config: RunConfig) -> int:
                 row_ids = rows_of_step(state.step, settings.global_batch_size, len(rows), settings.seed)
                 tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
                 # Dropout depends on the step and the rank, not on history: a resumed run draws the same masks.
-                torch.manual_seed((settings.seed * 1_000_003 + state.step) * 65_537 + distributed.rank())
+                torch.manual_seed((settings.seed * 1_000_003 + state.step) * 65_537 + process_group.rank())
 
                 loss_sum = 0.0
                 for micro_step, batch in enumerate(_micro_batches(run, config, state.step), start=1):
@@ -82,7 +82,7 @@ def train(config: RunConfig) -> int:
                     engine.backward(summed * (accumulation * world_size / label_tokens))
                     loss_sum += summed.item()
                     if micro_step == accumulation:
-                        (loss_sum,) = distributed.sum_over_ranks(loss_sum)
+                        (loss_sum,) = process_group.sum_over_ranks(loss_sum)
                         _require_finite("loss", loss_sum, state.step + 1)
                     engine.step()
                 # In bfloat16 DeepSpeed leaves out a step whose gradients are not finite, and says so here alone.
@@ -141,9 +141,9 @@ def _require_finite(what: str, value: float, step: int) -> None:
 
 def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
     """This rank's micro-batches of an optimizer step: ranks take turns in the global order of rows."""
-    rows, size, world_size = run.plan.rows, config.train.micro_batch_size, distributed.world_size()
+    rows, size, world_size = run.plan.rows, config.train.micro_batch_size, process_group.world_size()
     row_ids = rows_of_step(step, config.train.global_batch_size, len(rows), config.train.seed)
-    for start in range(distributed.rank() * size, len(row_ids), world_size * size):
+    for start in range(process_group.rank() * size, len(row_ids), world_size * size):
         batch = collate([rows[int(row)] for row in row_ids[start : start + size]], run.plan.pad_token_id)
         yield batch.to(run.engine.device)
 
@@ -180,14 +180,14 @@ def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> 
             )
             checkpoint_folder.mark_best(checkpoints, run.state.eval_losses, workspace)
             checkpoint_folder.prune(checkpoints, config.checkpoint.keep, workspace)
-    distributed.barrier()
+    process_group.barrier()
     seconds = time.monotonic() - started
     display.say(f"step {run.state.step}: checkpoint {checkpoint_folder.step_folder(checkpoints, run.state.step)}")
     record("checkpoint", step=run.state.step, bytes=size, blocked_seconds=seconds)
 
 
 def _largest(values: dict[str, float]) -> dict[str, float]:
-    return dict(zip(values, distributed.max_over_ranks(*values.values()), strict=True))
+    return dict(zip(values, process_group.max_over_ranks(*values.values()), strict=True))
 
 
 def _peak_device_bytes() -> int:

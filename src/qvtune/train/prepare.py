@@ -10,29 +10,29 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qvtune.adapters.projections import add_adapters, trainable
-from qvtune.base.attention import choose_attention, choose_dtype
-from qvtune.base.families import FAMILIES, family_of
-from qvtune.base.fingerprint import Fingerprint, require_unchanged
-from qvtune.base.loader import LoadReport, fill, open_base
-from qvtune.base.model import largest_layer_numel
-from qvtune.base.shard import Whole, ZeroPartition
-from qvtune.base.source import model_folder
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.owner import Owner
 from qvtune.checkpoint.state import TrainerState
-from qvtune.cluster import distributed
 from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
 from qvtune.config.schema import DataSection, RunConfig
+from qvtune.console import console
 from qvtune.data.dataset import TokenRows, build_token_rows
-from qvtune.data.demo import demo_files
+from qvtune.distributed import process_group
+from qvtune.distributed.stop import StopRequest
+from qvtune.embedded.data import demo_files
 from qvtune.errors import UserError
+from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.attention import choose_attention, choose_dtype
+from qvtune.model.families import FAMILIES, family_of
+from qvtune.model.fingerprint import Fingerprint, require_unchanged
+from qvtune.model.loader import LoadReport, fill, open_base
+from qvtune.model.shard import Whole, ZeroPartition
+from qvtune.model.skeleton import largest_layer_numel
+from qvtune.model.source import model_folder
 from qvtune.optim.groups import assert_multipliers, parameter_groups
-from qvtune.paths import cache_dir
-from qvtune.report.console import console
-from qvtune.train.objective import CausalLMObjective
+from qvtune.storage.paths import cache_dir
+from qvtune.tasks.causal_lm import CausalLMObjective
 from qvtune.train.run_folder import find_resume, open_run_folder, trajectory_settings
-from qvtune.train.stop import StopRequest
 
 Value = TypeVar("Value")
 
@@ -68,19 +68,19 @@ class Run:
 
 def plan(config: RunConfig, stop: StopRequest) -> Plan:
     """Check everything; collective. Raises UserError on all ranks, with nothing written but caches."""
-    with distributed.together():
+    with process_group.together():
         dtype, dtype_reason = choose_dtype(config.model.dtype)
         attention, attention_reason = choose_attention(config.model.attention, dtype)
-        deepspeed_config = resolve_deepspeed(config, distributed.world_size(), str(dtype).removeprefix("torch."))
+        deepspeed_config = resolve_deepspeed(config, process_group.world_size(), str(dtype).removeprefix("torch."))
         resume = find_resume(config)
-    folder = distributed.once_per_host(lambda: model_folder(config.model.name_or_path, cache_dir()))
-    with distributed.together():
+    folder = process_group.once_per_host(lambda: model_folder(config.model.name_or_path, cache_dir()))
+    with process_group.together():
         layer_numel = _check_model(folder, config, dtype)
         tokenizer = _tokenizer(folder, config)
     deepspeed_config = fill_from_model(deepspeed_config, layer_numel)
     rows = _rows(config.data.train, "data.train", config.data, tokenizer, stop)
     eval_rows = None if config.data.eval is None else _rows(config.data.eval, "data.eval", config.data, tokenizer, stop)
-    if distributed.is_main():
+    if process_group.is_main():
         out = console()
         out.print(f"compute in {dtype} ({dtype_reason}); attention {attention} ({attention_reason})")
         out.print(f"data.train: {_describe(rows)}")
@@ -164,7 +164,7 @@ def _files(config: RunConfig) -> tuple[tuple[str, str | None], ...]:
 
 def _rows(path: str, setting: str, data: DataSection, tokenizer: Any, stop: StopRequest) -> TokenRows:
     stop.poll()
-    return distributed.once_per_host(lambda: _build_rows(path, setting, data, tokenizer, stop.poll_alone))
+    return process_group.once_per_host(lambda: _build_rows(path, setting, data, tokenizer, stop.poll_alone))
 
 
 def _build_rows(
@@ -198,7 +198,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     if resume is not None:
         checkpoint_state.load_trained(resume, model)
         state = checkpoint_state.load_trainer_state(resume)
-        if distributed.is_main():
+        if process_group.is_main():
             console().print(_resume_line(resume, planned, state))
         state.max_steps = planned.max_steps
     else:
@@ -218,14 +218,14 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
-        gather = distributed.gather_tensor
+        gather = process_group.gather_tensor
     else:
-        placement, gather = Whole(distributed.device()), lambda own: [own]
+        placement, gather = Whole(process_group.device()), lambda own: [own]
     load, content = fill(base, placement, planned.dtype, gather, stop.poll)
     if planned.resume is not None:
         checkpoint_state.require_base(planned.resume, content)
-    with distributed.together():
-        if distributed.is_main():
+    with process_group.together():
+        if process_group.is_main():
             require_unchanged(base.weights, content, cache_dir() / "bases")
     model = add_adapters(base.skeleton, config.adapter, str(planned.folder), config.train.seed)
     if config.train.activation_checkpointing:
@@ -258,7 +258,7 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Pa
     if resume is not None:
         checkpoint_state.load_optimizer(resume, engine, state.step)
     assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
-    if distributed.is_main():
+    if process_group.is_main():
         for group in groups:
             count = sum(
                 parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()

@@ -13,12 +13,12 @@ from qvtune import versions
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.owner import Owner, take
 from qvtune.checkpoint.state import load_trainer_state
-from qvtune.cluster import distributed
 from qvtune.config.load import dump_config
 from qvtune.config.schema import RunConfig
+from qvtune.console import console
+from qvtune.distributed import process_group
 from qvtune.errors import UserError
-from qvtune.files import write_json
-from qvtune.report.console import console
+from qvtune.storage.files import write_json
 
 # What may change between the parts of one run: it leaves the losses as they are, or, as another length does to the
 # schedule of the steps to come, changes them in a way that is asked for and logged. All else must stay.
@@ -99,11 +99,11 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
     owner as well. What an earlier run has left in the place of a new one is kept in ``run_dir.1``, ``.2``, ...
     The job's own ``logs`` and ``submitted`` stay.
     """
-    hosts = distributed.gather_objects(socket.gethostname())
-    owner = take(Path(config.run_dir)) if distributed.is_main() else None
-    with distributed.together():
+    hosts = process_group.gather_objects(socket.gethostname())
+    owner = take(Path(config.run_dir)) if process_group.is_main() else None
+    with process_group.together():
         found = find_resume(config) if owner is not None else None
-    resume: Path | None = distributed.from_main(found)  # other hosts may not see yet what the old owner did last
+    resume: Path | None = process_group.from_main(found)  # other hosts may not see yet what the old owner did last
     if owner is not None:
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
@@ -116,7 +116,7 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
             checkpoints = owner.run_dir / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
             checkpoint_folder.remove_unfinished(checkpoints)
-    distributed.barrier()
+    process_group.barrier()
     return resume, owner
 
 
@@ -128,7 +128,7 @@ def environment(hosts: list[str]) -> dict[str, Any]:
         "commit": versions.commit(),
         "argv": sys.argv,
         "hosts": hosts,
-        "world_size": distributed.world_size(),
+        "world_size": process_group.world_size(),
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else platform.processor() or platform.machine(),

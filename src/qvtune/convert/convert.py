@@ -1,0 +1,153 @@
+"""From a checkpoint to one ordinary Hugging Face folder, which appears only when it has been proved."""
+
+import importlib.metadata
+import os
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qvtune
+from qvtune.console import console
+from qvtune.convert.conversion import BaseChoice, DtypeChoice, Task, open_task
+from qvtune.convert.formats import FormatName, OutputFormat, output_format
+from qvtune.convert.merge.write import Written, made_from
+from qvtune.convert.sources.source import open_source
+from qvtune.data import IGNORE_INDEX
+from qvtune.errors import ProofError, UserError
+from qvtune.storage.files import write_json
+from qvtune.storage.partial import partial_output, require_free
+from qvtune.system import keep_no_large_blocks, return_freed_memory
+
+if TYPE_CHECKING:  # imported where they are used: they bring transformers, which the merge itself does without
+    from qvtune.convert.proof.layers import LayeredModel
+    from qvtune.convert.proof.proof import Result
+    from qvtune.convert.report import MergeReport
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_VERSIONS = ("bitsandbytes", "peft", "safetensors", "torch", "transformers")
+
+
+def convert(
+    source: Path,
+    output: Path,
+    *,
+    base_weights: BaseChoice | None = None,
+    dtype: DtypeChoice = "auto",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    proof_rows: int | None = None,
+    num_threads: int | None = None,
+    base: str | None = None,
+    allow_pickle: bool = False,
+    format: FormatName = "merged",
+) -> "MergeReport":
+    """Merge the adapter of a checkpoint into its base; ``output`` then loads with ``AutoModelForCausalLM``.
+
+    ``format`` other than ``merged``: ``adapter`` = the adapter alone, for PEFT; ``bnb-4bit`` = merged and quantized
+    again; ``gguf`` = merged, for llama.cpp.
+
+    ``source`` is anything that ``open_source`` takes, with ``base`` and ``allow_pickle``. ``base_weights``: what the
+    adapter is added to, and what its neighbours are: ``dequantized`` = the NF4 values it was trained against (default
+    where it was, but for ``bnb-4bit``), ``original`` = the base's own. ``dtype`` of the computed matrices:
+    ``auto`` = training's.
+    ``proof_rows``: rows of the run's evaluation data that are compared as well (None: 8 where they can be found).
+    ``num_threads`` None: as many as this process has cores; the bytes do not depend on it.
+
+    A start with the arguments of one that was cut off goes on where that one was. Raises UserError for what cannot be
+    merged, ProofError where the proof fails; ``output`` does not appear then.
+    """
+    started = time.monotonic()
+    keep_no_large_blocks()
+    _check_numbers(max_shard_bytes, proof_rows, num_threads)
+    require_free(output)
+    opened = open_source(source, base=base, allow_pickle=allow_pickle)
+    task = open_task(opened, base_weights, dtype, allow_pickle=allow_pickle)
+    chosen = output_format(format)
+    if base_weights is None and chosen.PREFERS is not None and task.other_choice == chosen.PREFERS:
+        task = open_task(opened, chosen.PREFERS, dtype, allow_pickle=allow_pickle)
+    chosen.require(task)
+    layered = _architecture(task)
+    with partial_output(output, made_from(task, max_shard_bytes) | {"format": format}) as partial:
+        console().print(f"merging {task.source.path} into {task.base.folder}: {len(task.base.tensors)} tensors")
+        written = chosen.write(partial, task, max_shard_bytes, num_threads or len(os.sched_getaffinity(0)))
+        return_freed_memory()
+        result = _prove(task, layered, chosen, partial.folder, proof_rows)
+        report = _report(task, format, written, result, time.monotonic() - started)
+        _finish(report, task, chosen, partial.folder, output)
+    return report
+
+
+def _check_numbers(max_shard_bytes: int, proof_rows: int | None, num_threads: int | None) -> None:
+    problems = []
+    if max_shard_bytes <= 0:
+        problems.append(f"--max-shard-bytes: {max_shard_bytes}; must be greater than 0")
+    if proof_rows is not None and proof_rows < 0:
+        problems.append(f"--proof-rows: {proof_rows}; must be 0 (fixed prompts alone) or more")
+    if num_threads is not None and num_threads <= 0:
+        problems.append(f"--num-threads: {num_threads}; must be greater than 0")
+    if problems:
+        raise UserError(problems)
+
+
+def _architecture(task: Task) -> "LayeredModel":
+    """The model without weights. Raises UserError where it could not be proved, before anything is written."""
+    from qvtune.convert.proof.proof import empty_model
+
+    layered = empty_model(task.base.folder, task.settings, task.model.trust_remote_code)
+    layered.require_names(task.base.tensors.keys() | task.adapter.added.keys(), str(task.base.folder))
+    return layered
+
+
+def _prove(task: Task, layered: "LayeredModel", chosen: OutputFormat, folder: Path, num_rows: int | None) -> "Result":
+    from transformers import AutoTokenizer
+
+    from qvtune.convert.proof.proof import prove
+    from qvtune.convert.proof.texts import Text, evaluation_rows, fixed_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(task.base.folder, trust_remote_code=task.model.trust_remote_code)
+    run = task.source.path if task.source.state is not None else None
+    texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
+    if task.is_classifier:  # one position of logits a text: those of the classes
+        texts = [Text(text.ids, [IGNORE_INDEX]) for text in texts]
+    return prove(layered, chosen.sides(task, folder), texts, chosen.limits(task))
+
+
+def _report(task: Task, format: FormatName, written: Written, result: "Result", seconds: float) -> "MergeReport":
+    from qvtune.convert.report import MergeReport, rounding_warnings
+
+    dtype = str(task.dtype).removeprefix("torch.")
+    return MergeReport(
+        format=format,
+        checkpoint=str(task.source.path),
+        step=task.source.step,
+        base=task.model.name_or_path,
+        base_weights=task.base_weights,
+        trained_on=task.source.model.quantization,
+        dtype=dtype,
+        scaling=task.adapter.scaling,
+        files=written.files,
+        bytes=written.num_bytes,
+        tensors=dict(Counter(written.kinds.values())),
+        updates=written.updates,
+        kept=written.kept,
+        proof=result.proof,
+        from_training=result.from_training,
+        losses=result.losses,
+        warnings=rounding_warnings(written.updates, dtype),
+        versions={"qvtune": qvtune.__version__} | {name: importlib.metadata.version(name) for name in _VERSIONS},
+        seconds=seconds,
+    )
+
+
+def _finish(report: "MergeReport", task: Task, chosen: OutputFormat, folder: Path, output: Path) -> None:
+    """Show the report; write it and the model card, or raise ProofError."""
+    from qvtune.convert.card import model_card
+    from qvtune.convert.report import show
+
+    show(report, output)
+    if not report.proof.passed:
+        raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
+    write_json(folder / "merge_report.json", asdict(report))
+    card = model_card(report, task, output.name, chosen.how_to_load(task, output.name))
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,212 @@
+"""The one user of torch.distributed and of the rank variables.
+
+Started by ``deepspeed``, torchrun or ``srun`` the variables are there; started as plain ``python`` this is one process.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from qvtune.distributed.ports import any_free_port
+from qvtune.errors import StopRequested, UserError
+
+Value = TypeVar("Value")
+
+
+def start() -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed.
+
+    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (by default half an hour) for a rank ends the run: so
+    a network that has been cut is noticed. Raises UserError where the variable is not a number of seconds.
+    """
+    timeout = _timeout()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _share_cores()
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(any_free_port())
+    os.environ.setdefault("LOCAL_RANK", "0")
+    silence_others()
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+def silence_others() -> None:
+    """No warnings between DeepSpeed, transformers and torch: nothing that the person at the console could change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get("QVTUNE_TIMEOUT_SECONDS", "1800")
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"QVTUNE_TIMEOUT_SECONDS (slurm/cluster.env): {text!r} is not a number of seconds, e.g. 1800")
+    return timedelta(seconds=int(text))
+
+
+def _share_cores() -> None:
+    """Divide the cores among the ranks of this host: more threads than cores wait for each other, 15 times slower."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def stop() -> None:
+    """Leave together: the launcher ends the other ranks as soon as one has left with a code."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process among all; 0 before ``start``."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; 1 before ``start``."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over the ranks, in float64, in one collective."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(*values: float) -> list[float]:
+    """The largest of each value over the ranks, in one collective."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on some rank; collective.
+
+    Over gloo and host memory also where the other collectives are NCCL's: a byte on the device would have to wait for
+    all that is queued there. Every rank must come by anyway, so it costs a round trip between the hosts, no more.
+    """
+    if world_size() == 1:
+        return flag
+    box = torch.tensor([flag], dtype=torch.uint8)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_host_group())
+    return bool(box.item())
+
+
+@lru_cache
+def _host_group() -> Any:
+    """All ranks, over gloo; the first call is collective."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def announce(name: str, text: str) -> None:
+    """Leave a note that any rank can find without a collective. From any thread."""
+    if dist.is_initialized() and world_size() > 1:
+        try:
+            _store().set(name, text)
+        except dist.DistError as error:  # rank 0, where the notes lie, has gone: all collectives say so as well
+            warnings.warn(f"cannot announce {name}: {error}", stacklevel=2)
+
+
+def announced(name: str) -> str | None:
+    """The note that some rank has left under this name."""
+    if not dist.is_initialized() or world_size() == 1 or not _store().check([name]):
+        return None
+    text: str = _store().get(name).decode()
+    return text
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _reduce(values: tuple[float, ...], operation: Any) -> list[float]:
+    totals = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(totals, operation)
+    result: list[float] = totals.tolist()
+    return result
+
+
+def gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all ranks, in rank order; equal shapes."""
+    if world_size() == 1:
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return parts
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """The objects of all ranks, in rank order."""
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A user error of any rank inside the block, or a request to stop, is raised on all: none waits for another.
+
+    No collectives inside: a rank with an error does not take part in them.
+    """
+    own: tuple[str, ...] = ()
+    stop = None
+    try:
+        yield
+    except UserError as error:
+        own = error.problems
+    except StopRequested as request:
+        stop = str(request)
+    reports = gather_objects((own, stop))
+    problems = list(dict.fromkeys(problem for report, _ in reports for problem in report))
+    if problems:
+        raise UserError(problems)
+    if stops := [text for _, text in reports if text is not None]:
+        raise StopRequested(stops[0])
+
+
+def once_per_host(build: Callable[[], Value]) -> Value:
+    """``build()`` on every rank, on the first of each host before the others, which then find its result in the cache.
+
+    Raises its UserError or StopRequested on all ranks; no collectives inside.
+    """
+    for first in (True, False):
+        with together():
+            if (local_rank() == 0) is first:
+                value = build()
+    return value

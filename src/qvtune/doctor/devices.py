@@ -1,0 +1,99 @@
+"""This node's GPUs, memory and attention kernels."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from qvtune.config.schema import ModelSection
+from qvtune.distributed.place import Place
+from qvtune.doctor.findings import Finding
+from qvtune.doctor.needs import Needs
+from qvtune.errors import UserError
+from qvtune.model.attention import choose_attention, choose_dtype
+
+_CGROUPS = {  # controllers in /proc/self/cgroup -> where they are mounted, a group's limit and what it uses
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+def check_gpus(place: Place, environment: Mapping[str, str], num_cuda: int) -> list[Finding]:
+    """GPUs asked for against granted by Slurm, left visible, and seen by torch (``num_cuda``)."""
+    asked, granted = place.gpus_asked or 0, place.gpus_granted
+    visible = _visible(environment)
+    problems = []
+    if granted is not None and granted < asked:
+        problems.append((f"Slurm has granted {granted} of the {asked} asked", "scontrol show node: Gres and AllocTRES"))
+    if visible is not None and len(set(visible)) != len(visible):
+        problems.append((f"CUDA_VISIBLE_DEVICES={','.join(visible)} names a GPU twice", "do not set it in a profile"))
+    expected = asked if granted is None else max(asked, granted)
+    hidden = place.on_cpus and not visible  # on purpose
+    if visible is not None and not hidden and len(visible) < expected and (granted is None or granted >= asked):
+        clash = f"CUDA_VISIBLE_DEVICES={','.join(visible)} leaves {len(visible)} of {expected} visible"
+        problems.append((clash, "a profile or the job script sets it; leave it to Slurm"))
+    if asked > num_cuda and not problems and not place.on_cpus:
+        problems.append((f"torch sees {num_cuda} of the {asked} asked", _why_no_cuda()))
+    if problems:
+        return [Finding("GPUs", "fail", detail, remedy) for detail, remedy in problems]
+    if asked > num_cuda:
+        detail = f"{asked} granted; {place.processes} processes on CPUs, as QVTUNE_PROCS_PER_NODE asks"
+        return [Finding("GPUs", "note", detail, "unset it to train on GPUs")]
+    return [Finding("GPUs", "ok", f"{num_cuda} seen, {asked or 'none'} asked")]
+
+
+def _visible(environment: Mapping[str, str]) -> list[str] | None:
+    value = environment.get("CUDA_VISIBLE_DEVICES")
+    return None if value is None else [name for name in re.split(r"\s*,\s*", value.strip()) if name]
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch is a CPU build: make env TORCH_BACKEND=cu126, or set QVTUNE_PROCS_PER_NODE to train on CPUs"
+    return f"torch is built for CUDA {torch.version.cuda}: compare with nvidia-smi on this node"
+
+
+def check_attention(model: ModelSection) -> tuple[list[Finding], dict[str, str]]:
+    """Which kernels this node would use, which must be the same on all."""
+    dtype, _ = choose_dtype(model.dtype)
+    try:
+        chosen, reason = choose_attention(model.attention, dtype)
+    except UserError as error:
+        return [Finding("attention", "fail", problem) for problem in error.problems], {"attention": "none"}
+    return [Finding("attention", "ok", f"{chosen} in {dtype} ({reason})")], {"attention": f"{chosen} in {dtype}"}
+
+
+def check_memory(place: Place, needs: Needs | None, on_gpus: bool) -> list[Finding]:
+    """Free memory of host and GPUs against what the ranks of this node take, activations left out."""
+    free = _free_memory()
+    if needs is None:
+        return [Finding("memory", "ok", f"{free / 1e9:.1f} GB free; what the base needs is not known here")]
+    on_host = place.processes * (needs.process + (0 if on_gpus else needs.base))
+    findings = [_compare("memory", free, on_host, f"{place.processes} ranks take")]
+    if on_gpus:
+        free_on_device = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+        findings.append(_compare("GPU memory", free_on_device, needs.base, "the base takes"))
+    return findings
+
+
+def _compare(check: str, free: int, needed: int, what: str) -> Finding:
+    detail = f"{free / 1e9:.1f} GB free, {what} {needed / 1e9:.1f} GB and activations"
+    if free >= needed:
+        return Finding(check, "ok", detail)
+    return Finding(check, "fail", detail, "more nodes or ranks share the base; or ask Slurm for more (--mem=0)")
+
+
+def _free_memory() -> int:
+    """What may still be taken: of the machine, and of the control groups this process is in."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = [int(lines["MemAvailable"].split()[0]) * 1024]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, version 1
+            root, limit, used = _CGROUPS[controllers]
+            group = Path(root, path.lstrip("/"))
+            for folder in (group, *group.parents):
+                if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()) != "max":
+                    free.append(int(text) - int((folder / used).read_text()))
+    return min(free)

@@ -1,0 +1,122 @@
+"""Versions, and the identity of what every node must see alike: code, data and base."""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from qvtune import versions
+from qvtune.config.schema import RunConfig
+from qvtune.doctor.findings import Finding
+from qvtune.storage.safetensors import BaseWeights
+from qvtune.versions import repository
+
+# Combinations that install and start, and fail or go wrong later. Package -> versions; the reason.
+KNOWN_BAD: tuple[tuple[Mapping[str, str], str], ...] = (
+    (
+        {"deepspeed": "<0.19.8", "torch": ">=2.10"},
+        "parameter groups that DeepSpeed drops make torch's scheduler fail, or give other groups their rates "
+        "(OpenRLHF #1225)",
+    ),
+    (
+        {"deepspeed": "<0.19.8", "transformers": ">=5"},
+        "activation checkpointing fails on frozen parameters under ZeRO-3 (DeepSpeed #8148)",
+    ),
+    ({"bitsandbytes": "<0.50"}, "NF4 does not run on CPUs, and its codes are not the ones that were tested"),
+)
+_WHOLE_BYTES = 1 << 28  # up to this size a file is hashed whole; 0.3 s
+_SAMPLES = 64
+
+
+def check_versions(installed: Mapping[str, str | None], requires: Iterable[str]) -> list[Finding]:
+    """Versions against what qvtune asks for, and against combinations known to be bad."""
+    problems = []
+    for line in requires:
+        needed = Requirement(line)
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            found = versions.version(needed.name) if needed.name not in installed else installed[needed.name]
+            if found is None or not needed.specifier.contains(found, prereleases=True):
+                problems.append(f"{needed.name} {found or 'is missing'}, needed {needed.specifier or 'any'}")
+    for combination, reason in KNOWN_BAD:
+        found_here = {name: installed.get(name) for name in combination}
+        if all(found and SpecifierSet(combination[name]).contains(found) for name, found in found_here.items()):
+            together = " with ".join(f"{name} {found}" for name, found in found_here.items())
+            problems.append(f"{together}: {reason}")
+    remedy = "make env installs the versions of requirements.lock; all nodes must use that environment"
+    if problems:
+        return [Finding("versions", "fail", problem, remedy) for problem in problems]
+    shown = ", ".join(f"{name} {installed[name]}" for name in ("torch", "deepspeed", "transformers"))
+    return [Finding("versions", "ok", f"{shown}, Python {platform.python_version()}")]
+
+
+def requirements() -> list[str]:
+    """What the installed qvtune asks for."""
+    return importlib.metadata.requires("qvtune") or []
+
+
+def version_facts() -> dict[str, str]:
+    """Versions that must be the same on all nodes."""
+    return {
+        "python": platform.python_version(),
+        **{name: found or "not installed" for name, found in versions.installed().items()},
+    }
+
+
+def code_fact() -> dict[str, str]:
+    """A digest of all Python and JSON files that the run executes or reads."""
+    root = repository()
+    files = sorted(
+        path for folder in ("src", "launch", "ds_configs") for path in (root / folder).rglob("*.*") if _is_code(path)
+    )
+    return {"code": _digest(f"{path.relative_to(root)} {path.read_bytes()!r}".encode() for path in files)}
+
+
+def _is_code(path: Path) -> bool:
+    return path.suffix in (".py", ".json", ".yaml") and "__pycache__" not in path.parts
+
+
+def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
+    """Size and digest of the data files; of files above 256 MiB of 64 blocks spread over them."""
+    facts, findings = {}, []
+    for setting, name in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if name is None or name == "demo":
+            continue
+        try:
+            size, digest = Path(name).stat().st_size, _digest(_blocks(Path(name)))
+        except OSError as error:
+            remedy = f"put it on a file system that all nodes have, or change {setting}"
+            findings.append(Finding("data", "fail", f"{setting}: {name}: {error.strerror}", remedy))
+            facts[setting] = f"missing: {name}"
+        else:
+            facts[setting] = f"{size} bytes {digest}"
+            findings.append(Finding("data", "ok", f"{setting}: {name}, {size / 1e6:.1f} MB"))
+    return facts, findings
+
+
+def base_fact(weights: BaseWeights) -> dict[str, str]:
+    """A digest of the folder's configuration and of every tensor's name, place, shape and dtype; sizes of the files."""
+    tensors = (f"{t.name} {t.file.name} {t.offset} {t.num_bytes} {t.shape} {t.dtype}" for t in weights.values())
+    files = sorted({tensor.file for tensor in weights.values()})
+    sizes = (f"{file.name} {file.stat().st_size}" for file in files)
+    config = (weights.folder / "config.json").read_bytes()
+    return {"base": _digest([config, *(line.encode() for line in (*sorted(tensors), *sizes))])}
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    block = size if size <= _WHOLE_BYTES else _WHOLE_BYTES // _SAMPLES
+    with path.open("rb") as file:
+        for start in range(0, size, max(block, size // _SAMPLES)):
+            file.seek(start)
+            yield file.read(block)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

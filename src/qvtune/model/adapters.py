@@ -1,0 +1,86 @@
+"""Which parameters are trained: PEFT's adapters on the chosen attention projections, or these matrices themselves."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvtune.config.schema import AdapterSection
+from qvtune.errors import UserError
+from qvtune.model.families import FAMILIES, ends_in, family_of, trained_matrices
+
+PROJECTIONS = tuple(FAMILIES["llama"].projections)  # q, k, v, o: what a user writes, the same for every family
+_LETTER_OF = {module: letter for family in FAMILIES.values() for letter, module in family.projections.items()}
+_TRAINED_NAME = re.compile(
+    rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})\.(?:lora_(?P<factor>[AB])\.default\.)?weight$"
+)
+
+
+def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed: int) -> nn.Module:
+    """Make the chosen projections trainable, and nothing else: ``base`` in a ``PeftModel`` with factors beside them.
+
+    The initial values depend on ``seed`` alone, so all ranks make the same ones. Factors have the base's compute dtype.
+    With ``adapter.method: full`` it is ``base`` itself, whose matrices (not their biases) become trainable.
+
+    Raises UserError naming every chosen projection that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    family = family_of(base)
+    paths = [f".{name}" for name, _ in base.named_modules()]
+    present = [module for module in family.projections.values() if any(path.endswith(f".{module}") for path in paths)]
+    problems = [
+        f"adapter.projections: {letter!r} is {family.projections[letter]}, which this model does not have; "
+        f"it has {', '.join(present) or 'none of them'}"
+        for letter in adapter.projections
+        if family.projections[letter] not in present
+    ]
+    if problems:
+        raise UserError(problems)
+    if adapter.method == "full":
+        for path, module in base.named_modules():
+            if ends_in(path, trained_matrices(adapter, family)):
+                module.weight.requires_grad_(True)
+        return base
+    config = LoraConfig(
+        task_type="FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; its annotation says int
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.method == "rslora",
+        target_modules=[family.projections[letter] for letter in adapter.projections],
+        base_model_name_or_path=base_name,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+    return model
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained, in the model's order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """The transformers model inside of what ``add_adapters`` has returned."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
+def projection_and_factor(parameter_name: str) -> tuple[str, str | None]:
+    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor."""
+    match = _TRAINED_NAME.search(parameter_name)
+    assert match is not None, parameter_name
+    return _LETTER_OF[match["module"]], match["factor"]
+
+
+def projection_pattern(letter: str) -> str:
+    """A regular expression that finds a projection's module, whatever the family calls it, in a parameter's name."""
+    modules = [re.escape(module) for module, owner in _LETTER_OF.items() if owner == letter]
+    return rf"\.(?:{'|'.join(modules)})\."
+
+
+def saved_name(parameter_name: str) -> str:
+    """The name of a parameter in a checkpoint: that of PEFT's files; a matrix of the base has the base's own."""
+    return parameter_name.replace(".default.weight", ".weight")

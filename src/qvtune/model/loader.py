@@ -1,0 +1,240 @@
+"""Filling a skeleton: each rank reads, quantizes and keeps its own part of every tensor, and nothing else.
+
+The order is that of the skeleton's parameters on all ranks, since quantizing gathers block statistics.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qvtune.config.schema import AdapterSection, ModelSection
+from qvtune.errors import UserError
+from qvtune.model import fingerprint, prequantized
+from qvtune.model.families import FAMILIES, encoder_names, ends_in, trained_matrices
+from qvtune.model.fingerprint import Fingerprint
+from qvtune.model.nf4 import Gather, Layout, NF4Linear, first_own_weight, quantize_shard
+from qvtune.model.prequantized import StoredNF4
+from qvtune.model.shard import Placement, Whole, resident_bytes
+from qvtune.model.skeleton import build_skeleton, read_model_config
+from qvtune.storage.safetensors import BaseWeights, StoredTensor, open_weights
+from qvtune.system import peak_rss_bytes, return_freed_memory
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading cost this rank. Bytes; seconds of wall time."""
+
+    seconds: float
+    bytes_read: int
+    base_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened base that fits its architecture: what ``fill`` needs, and nothing read yet but headers."""
+
+    skeleton: nn.Module
+    weights: BaseWeights
+    stored: Mapping[str, StoredNF4]
+
+    def quantized(self) -> dict[str, Layout]:
+        """Layout of every matrix that training sees in NF4, by the name of its tensor."""
+        modules = self.skeleton.named_modules()
+        return {f"{name}.weight": module.layout for name, module in modules if isinstance(module, NF4Linear)}
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The model's tensors as they lie in the files; of a matrix stored in 4 bits the codes, with its own shape."""
+        return {
+            name: replace(tensor, shape=self.stored[module].shape)
+            if (module := name[: -len(".weight")]) in self.stored
+            else tensor
+            for name, tensor in self.weights.items()
+            if not prequantized.belongs(name, self.stored)
+        }
+
+
+def open_base(
+    folder: Path, model: ModelSection, dtype: torch.dtype, attention: str, adapter: AdapterSection | None = None
+) -> Base:
+    """The folder's architecture without memory, its matrices marked for NF4, compared with its tensors.
+
+    Matrices that ``adapter`` trains themselves (method ``full``) are not quantized.
+    Raises UserError with all that does not fit, by name, before anything is read.
+    """
+    config = read_model_config(folder, model)
+    weights = open_weights(folder, model.allow_pickle)
+    family = FAMILIES[config.model_type]
+    if family.is_encoder:
+        weights = weights.renamed(encoder_names(weights, config.model_type))
+    stored = prequantized.stored_matrices(weights)
+    trained = trained_matrices(adapter, family) if adapter is not None else ()
+    _check_settings(folder, model, stored, trained)
+    with_pooler = "pooler.dense.weight" in weights  # checkpoints of tasks that do without it have none
+    skeleton = build_skeleton(config, model, dtype, attention, stored.keys(), trained=trained, with_pooler=with_pooler)
+    check_tensors(skeleton, weights, stored)
+    return Base(skeleton, weights, stored)
+
+
+def load_whole(
+    folder: Path,
+    model: ModelSection,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: torch.device | None = None,
+    adapter: AdapterSection | None = None,
+) -> nn.Module:
+    """The base as training with ``adapter`` sees it, whole in one process, without DeepSpeed."""
+    base = open_base(folder, model, dtype, attention, adapter)
+    fill(base, Whole(device or torch.device("cpu")), dtype, gather=lambda own: [own])
+    return base.skeleton
+
+
+def _check_settings(
+    folder: Path, model: ModelSection, stored: Mapping[str, StoredNF4], trained: tuple[str, ...]
+) -> None:
+    if stored and model.quantization != "nf4":
+        raise UserError(
+            f"{folder}: the weights are stored in 4 bits; set model.quantization: nf4, or give the original weights"
+        )
+    if any(entry.double_quant != model.double_quant for entry in stored.values()):
+        found = not model.double_quant
+        raise UserError(f"{folder}: the weights are stored with double_quant={found}; set model.double_quant: {found}")
+    if rounded := [name for name in stored if ends_in(name, trained)]:
+        raise UserError(
+            f"{folder}: {rounded[0]} and {len(rounded) - 1} other matrices that adapter.method: full trains are stored "
+            "in 4 bits, which cannot be trained; give the folder of the original weights (model.name_or_path)"
+        )
+
+
+def check_tensors(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> None:
+    """Compare names and shapes with the skeleton's before anything is read. Raises UserError with all differences."""
+    shapes = _expected_shapes(skeleton)
+    packed = {module: f"{module}.weight" for module in stored}
+    for name in packed.values():
+        shapes.pop(name, None)
+    problems = []
+    for name, shape in shapes.items():
+        if name not in weights:
+            problems.append(f"{weights.folder}: tensor {name!r} {list(shape)} is missing")
+        elif weights[name].shape != shape:
+            found = list(weights[name].shape)
+            problems.append(f"{weights.folder}: tensor {name!r} has shape {found}, expected {list(shape)}")
+    problems += _packed_problems(skeleton, weights, stored)
+    tied = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} - shapes.keys()
+    known = shapes.keys() | tied | {name for name, _ in skeleton.named_buffers()}
+    for name in sorted(weights.keys() - known):
+        if not prequantized.belongs(name, stored):
+            problems.append(f"{weights.folder}: tensor {name!r} {list(weights[name].shape)} has no place in the model")
+    if problems:
+        raise UserError([*problems, "config.json and the weights do not belong together (model.name_or_path)"])
+
+
+def _expected_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes as a Hugging Face checkpoint has them; a tied tensor under its first name only."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in skeleton.named_parameters():
+        module = skeleton.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, NF4Linear) or name.endswith(".bias"):
+            shapes[name] = tuple(parameter.shape)
+        elif name.endswith(".weight"):
+            shapes[name] = module.layout.shape
+    return shapes
+
+
+def _packed_problems(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> list[str]:
+    problems = []
+    modules = dict(skeleton.named_modules())
+    for path, entry in stored.items():
+        module = modules.get(path)
+        if not isinstance(module, NF4Linear):
+            problems.append(f"{weights.folder}: 4-bit matrix {path!r} has no place in the model")
+        elif module.layout.shape != entry.shape:
+            found, expected = list(entry.shape), list(module.layout.shape)
+            problems.append(f"{weights.folder}: 4-bit matrix {path!r} has shape {found}, expected {expected}")
+        else:
+            for name, size in prequantized.expected_bytes(path, module.layout).items():
+                if name not in weights:
+                    problems.append(f"{weights.folder}: tensor {name!r} is missing")
+                elif weights[name].num_bytes != size:
+                    found_size = weights[name].num_bytes
+                    problems.append(f"{weights.folder}: tensor {name!r} has {found_size} bytes, expected {size}")
+    return problems
+
+
+def fill(
+    base: Base,
+    placement: Placement,
+    dtype: torch.dtype,
+    gather: Gather,
+    between_modules: Callable[[], None] = lambda: None,
+) -> tuple[LoadReport, Fingerprint]:
+    """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
+
+    Quantization starts from the stored precision, so that the same base has the same bits in every compute dtype.
+    ``between_modules`` is called equally often, between the same modules, on all ranks. Raises UserError, on all ranks,
+    naming the tensors that hold NaN or infinite values.
+    """
+    started = time.monotonic()
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors are read once
+    for path, module in base.skeleton.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            between_modules()
+        if isinstance(module, NF4Linear):
+            _fill_quantized(path, module, base, placement, gather)
+            return_freed_memory()
+        for name, empty in list(module.named_parameters(recurse=False)):
+            if empty.device.type == "meta":
+                if empty not in filled:
+                    filled[empty] = _load_plain(f"{path}.{name}", empty, base.weights, placement, dtype)
+                setattr(module, name, filled[empty])
+    if placement.shard.rank == 0:
+        prequantized.note_descriptions(base.weights, base.stored)
+    base.skeleton.to(placement.device)  # the buffers; parameters are there already
+    content = fingerprint.content_of(base.weights, gather, placement.device)
+    report = LoadReport(
+        seconds=time.monotonic() - started,
+        bytes_read=base.weights.bytes_read,
+        base_bytes=sum(resident_bytes(parameter) for parameter in base.skeleton.parameters()),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+    return report, content
+
+
+def _fill_quantized(path: str, module: NF4Linear, base: Base, placement: Placement, gather: Gather) -> None:
+    pieces, offset = quantized_pieces(path, module.layout, base, placement, gather)
+    for piece_name, numel in module.layout.piece_numel().items():
+        setattr(module, piece_name, placement.parameter((numel,), pieces[piece_name]))
+    module.offset = offset
+
+
+def quantized_pieces(
+    path: str, layout: Layout, base: Base, placement: Placement, gather: Gather
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """This rank's part of the codes and statistics of module ``path``, and the offset; quantized now or long ago."""
+    if path in base.stored:
+        pieces = prequantized.read_shard(base.weights, path, layout, placement.shard)
+        return pieces, torch.tensor(base.stored[path].offset)
+    noted_from = first_own_weight(layout, placement.shard)
+    return quantize_shard(
+        lambda start, end: base.weights.read_flat(f"{path}.weight", start, end, noted_from=max(start, noted_from)),
+        layout,
+        placement,
+        gather,
+    )
+
+
+def _load_plain(
+    name: str, empty: nn.Parameter, weights: BaseWeights, placement: Placement, dtype: torch.dtype
+) -> nn.Parameter:
+    """A tensor that is not quantized: this rank's range, cast to the compute dtype, zeros as padding."""
+    total = empty.numel()
+    start, end = placement.shard.span(total)
+    piece = weights.read_flat(name, start, end).to(dtype)
+    if padding := placement.shard.numel(total) - len(piece):
+        piece = nn.functional.pad(piece, (0, padding))
+    return placement.parameter(tuple(empty.shape), piece)

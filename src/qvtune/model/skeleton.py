@@ -1,0 +1,97 @@
+"""The skeleton of a base model: the Hugging Face architecture without weights, its matrices marked for NF4."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvtune.config.schema import ModelSection
+from qvtune.errors import UserError
+from qvtune.model.families import FAMILIES, ends_in, obstacles
+from qvtune.model.nf4 import NF4Linear
+
+
+def read_model_config(folder: Path, model: ModelSection) -> Any:
+    """The folder's transformers configuration.
+
+    Raises UserError when it cannot be read, needs code from the folder, is quantized in a format that is not read
+    here, or describes a model that cannot be trained.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder}/config.json: {error} (model.name_or_path, model.trust_remote_code)") from error
+    if problems := obstacles(config):
+        raise UserError([f"{folder}/config.json: {problem} (model.name_or_path)" for problem in problems])
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        if not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")):
+            raise UserError(
+                f"{folder}/config.json: the weights are quantized by {quantization.get('quant_method')!r}; give the "
+                "folder of the original weights, which are quantized while they are read, or one in bitsandbytes' "
+                "4-bit format (model.name_or_path)"
+            )
+        del config.quantization_config  # the skeleton is ours
+    return config
+
+
+def build_skeleton(
+    config: Any,
+    model: ModelSection,
+    dtype: torch.dtype,
+    attention: str,
+    stored: Collection[str] = (),
+    *,
+    trained: tuple[str, ...] = (),
+    with_pooler: bool = True,
+) -> nn.Module:
+    """The causal language model, or the bare encoder, with empty ("meta") parameters and real buffers.
+
+    With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
+    QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
+    A module whose path ends in one of ``trained`` keeps its matrix whole.
+    ``with_pooler`` concerns encoders only.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    is_encoder = FAMILIES[config.model_type].is_encoder
+    options: dict[str, Any] = {"add_pooling_layer": with_pooler} if is_encoder else {}
+    options |= {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    skeleton: nn.Module = without_weights(AutoModel if is_encoder else AutoModelForCausalLM, config, dtype, **options)
+    if model.quantization == "nf4":
+        head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
+        for name, module in list(skeleton.named_modules()):
+            if type(module) is not nn.Linear or ends_in(name, trained):
+                continue
+            if name in stored if stored else module is not head:
+                skeleton.set_submodule(
+                    name,
+                    NF4Linear(
+                        module.in_features,
+                        module.out_features,
+                        bias=module.bias is not None,
+                        double_quant=model.double_quant,
+                        dtype=dtype,
+                    ),
+                )
+    return skeleton.requires_grad_(False)
+
+
+def without_weights(auto_class: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """The transformers model of a configuration, its parameters on the meta device, its buffers real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(config, dtype=dtype, **options)
+    model.tie_weights()  # undone by the context, which makes a parameter anew where it is set
+    return model
+
+
+def largest_layer_numel(skeleton: nn.Module) -> int:
+    """Stored elements of the largest decoder layer, which is what ZeRO-3 gathers, module by module, to run it."""
+    stacks = [module for module in skeleton.modules() if isinstance(module, nn.ModuleList)]
+    return max(sum(parameter.numel() for parameter in layer.parameters()) for stack in stacks for layer in stack)

@@ -1,0 +1,93 @@
+"""What slurm/train.sbatch and slurm/node.sh ask Python: ``python -m qvtune.submit.batch prepare|lost|finished ...``.
+
+Imports nothing that takes seconds.
+"""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qvtune.config.load import load_config
+from qvtune.distributed.ports import free_port_of_job
+from qvtune.errors import UserError
+
+
+def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
+    """The run folder, absolute, of a recipe that can be started again and again.
+
+    Raises UserError: with all that is wrong with the configuration; when ``checkpoint.resume`` is ``never`` or
+    ``train.stop_after_step`` is set.
+    """
+    config = load_config(recipe, overrides)
+    problems = []
+    if config.checkpoint.resume == "never":
+        problems.append(
+            f"checkpoint.resume: never; a job that is requeued would begin anew each time ({recipe}). Add "
+            "checkpoint.resume=if_available, and for a new run another run_dir=..."
+        )
+    if config.train.stop_after_step is not None:
+        problems.append(
+            f"train.stop_after_step: {config.train.stop_after_step}; the job would requeue itself and stop there again "
+            f"and again ({recipe}). Add train.stop_after_step=null; the time limit chains runs by itself"
+        )
+    if problems:
+        raise UserError(problems)
+    return Path(config.run_dir).absolute()
+
+
+def lost_hosts(hosts: Iterable[str], port: int, seconds: float = 10.0) -> list[str]:
+    """Those that do not answer at all within ``seconds``; that nobody listens on ``port`` is an answer."""
+    names = list(hosts)
+    with ThreadPoolExecutor(max_workers=min(64, len(names))) as pool:
+        answers = list(pool.map(lambda host: _answers(host, port, seconds), names))
+    return [host for host, answered in zip(names, answers, strict=True) if not answered]
+
+
+def _answers(host: str, port: int, seconds: float) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=seconds).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # no route, no such name, silence
+        return False
+    return True
+
+
+def has_finished(run_dir: Path) -> bool:
+    """Whether the run's last word is that all its steps are done.
+
+    DeepSpeed's runner returns 0 when a signal (the kernel's, out of memory) has killed the launcher that it started.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last.get("event") == "run_end" and last["reason"] == "completed"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints for ``prepare RECIPE [overrides]`` a free port and the run folder, for ``lost PORT HOST ...`` these hosts.
+
+    ``finished RUN_DIR`` answers by its exit code, 0 or 1.
+    """
+    command, first, *rest = arguments
+    if command == "finished":
+        return 0 if has_finished(Path(first)) else 1
+    if command == "lost":
+        sys.stdout.write(" ".join(lost_hosts(rest, int(first))))
+        return 0
+    assert command == "prepare", command
+    try:
+        run_dir = run_dir_of_job(Path(first), rest)
+    except UserError as error:
+        sys.stderr.writelines(f"error: {problem}\n" for problem in error.problems)
+        return error.exit_code
+    sys.stdout.write(f"{free_port_of_job(int(os.environ['SLURM_JOB_ID']))}\n{run_dir}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The module that DeepSpeed runs: a batch in, the summed cross entropy of its label tokens out.
+
+Shape suffixes: B rows, T positions, N label positions of the batch, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvtune.data.batch import Batch
+from qvtune.model.adapters import transformers_model
+
+_CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
+
+
+class CausalLMObjective(nn.Module):
+    """Decoder, output head and loss around what ``add_adapters`` returns; build it after the base is filled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        causal_lm = transformers_model(model)
+        self._decoder = [causal_lm.get_decoder()]  # in a list: registered once, under ``model``
+        self.head = FrozenHeadLoss(causal_lm.get_output_embeddings())
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sum of ``-log p(label)`` over the label positions, fp32 scalar, nats.
+
+        Isolation of packed documents: sdpa and eager build a block-diagonal mask from positions that restart, but only
+        as long as no attention mask is given; the flash kernels and whatever follows their interface take cu_seqlens.
+        """
+        hidden_BTD = self._decoder[0](
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state
+        at_label = batch.labels != -100
+        loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label])
+        return loss
+
+
+class FrozenHeadLoss(nn.Module):
+    """Summed cross entropy through an output head that is not trained."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        assert not any(parameter.requires_grad for parameter in head.parameters())
+        # Parameters of this module, so that ZeRO-3 gathers them once for all chunks.
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        """fp32 scalar; 0 where N is 0."""
+        loss: torch.Tensor = _HeadCrossEntropy.apply(hidden_ND, labels_N, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """A frozen head: the gradient of the hidden states is known in forward, and logits live for a chunk only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
+        for start in range(0, len(labels_N), rows):
+            chunk, label_N1 = slice(start, start + rows), labels_N[start : start + rows, None]
+            log_probs_NV = nn.functional.linear(hidden_ND[chunk], weight_VD, bias_V).float()
+            log_probs_NV -= log_probs_NV.logsumexp(dim=-1, keepdim=True)
+            total -= log_probs_NV.gather(1, label_N1).sum()
+            if grad_ND is not None:  # d loss / d logits = softmax - one-hot
+                grad_logits_NV = log_probs_NV.exp_()
+                grad_logits_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=torch.float32))
+                grad_ND[chunk] = grad_logits_NV.to(weight_VD.dtype) @ weight_VD
+        ctx.grad_ND = grad_ND
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        grad_ND, ctx.grad_ND = ctx.grad_ND, None
+        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None, None

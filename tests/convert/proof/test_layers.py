@@ -1,0 +1,115 @@
+"""Models that run layer by layer, against whole ones of transformers and PEFT."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from qvtune.config.schema import ModelSection
+from qvtune.convert.conversion import open_task
+from qvtune.convert.merge.base import open_merge_base
+from qvtune.convert.merge.changes import LowRank
+from qvtune.convert.proof import layers
+from qvtune.convert.proof.layers import LayeredModel
+from qvtune.convert.proof.proof import empty_model
+from qvtune.convert.proof.views import Side, adapted_base, merged_folder, unmerged
+from qvtune.convert.sources.source import open_source
+from qvtune.errors import UserError
+from tests.convert.conftest import MakeRun
+from tests.support.tiny import DECODERS, VOCABULARY, make_model_folder
+
+TEXTS = [list(range(3, 103)), [7, 8, 9]]
+
+
+def streamed(model: LayeredModel, sides: list[Side], texts: list[list[int]] = TEXTS) -> list[list[torch.Tensor]]:
+    """[side][text]: logits [T, V], put together."""
+    parts: list[list[list[torch.Tensor]]] = [[[] for _ in texts] for _ in sides]
+    for text, first, logits in model.logits(sides, texts):
+        for side, part in enumerate(logits):
+            assert sum(one.shape[1] for one in parts[side][text]) == first
+            parts[side][text].append(part)
+    return [[torch.cat(text, dim=1) for text in side] for side in parts]
+
+
+def whole(model: nn.Module, texts: list[list[int]] = TEXTS) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in texts]
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("family", [*DECODERS, "gpt2", "gemma2", "phi3"])
+def test_logits_are_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tie: bool
+) -> None:
+    monkeypatch.setattr(layers, "_HEAD_WEIGHTS", 64 * 100)  # the vocabulary in four parts
+    options = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256} if family == "gpt2" else {}
+    folder = make_model_folder(tmp_path / "model", family, tie=tie, dtype=torch.float32, **options)
+    model = empty_model(folder, {}, trust_remote_code=False)
+    side = merged_folder(folder)
+    model.require_names(side.names, "the folder")
+    expected = whole(AutoModelForCausalLM.from_pretrained(folder))
+    for found, logits in zip(streamed(model, [side])[0], expected, strict=True):
+        assert found.shape[1] == VOCABULARY
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_adapted_side_is_pefts_model(make_run: MakeRun, llama_folder: Path, quantization: str) -> None:
+    run = make_run(llama_folder, quantization=quantization)
+    source = open_source(run)
+    task = open_task(source, None, "auto")
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    for name, parameter in base.named_parameters():  # the values of training; that they are right is tested elsewhere
+        parameter.data = task.base.reader(name)(0, parameter.numel()).float().view(parameter.shape)
+    before = whole(base)
+    expected = whole(PeftModel.from_pretrained(base, source.path))
+    side = adapted_base(task.opened_as(task.base_weights), task.adapter)
+    found = streamed(empty_model(llama_folder, {}, trust_remote_code=False), [Side(side.names, side.read), side])
+    for one, other in zip([*found[0], *found[1]], [*before, *expected], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0][0], found[1][0], atol=0.1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_magnitude", [False, True])
+def test_the_unmerged_formula_is_that_of_the_definition(transposed: bool, with_magnitude: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(12, 10, generator=generator), torch.randn(12, generator=generator)
+    factor_a, factor_b = torch.randn(3, 10, generator=generator), torch.randn(12, 3, generator=generator)
+    magnitude = torch.rand(12, generator=generator) + 0.5 if with_magnitude else None
+    x = torch.randn(5, 10, generator=generator)
+    merged = weight.double() + 1.5 * factor_b.double() @ factor_a.double()
+    if magnitude is not None:
+        merged *= (magnitude / merged.norm(dim=1))[:, None]
+    linear = nn.Linear(10, 12)
+    linear.weight.data, linear.bias.data = weight, bias
+    if transposed:  # as transformers' Conv1D
+        linear.weight.data = weight.T.contiguous()
+        linear.forward = lambda x: x @ linear.weight + linear.bias  # type: ignore[method-assign]
+    linear.register_forward_hook(unmerged(LowRank(factor_a, factor_b, 1.5, transposed, magnitude)))
+    torch.testing.assert_close(linear(x).double(), x.double() @ merged.T + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_a_classification_head_gives_one_position_a_text(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "base", "llama", dtype=torch.float32)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    classifier.save_pretrained(tmp_path / "classifier")
+    model = empty_model(tmp_path / "classifier", {}, trust_remote_code=False)
+    found = streamed(model, [merged_folder(tmp_path / "classifier")])[0]
+    assert [logits.shape for logits in found] == [(1, 3), (1, 3)]
+    for one, logits in zip(found, whole(classifier), strict=True):
+        torch.testing.assert_close(one[0], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_architectures_that_cannot_be_streamed_are_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", "bloom", n_head=4, n_layer=2)
+    model = empty_model(folder, {}, trust_remote_code=False)
+    with pytest.raises(UserError, match=r"BloomBlock .*: a proof cannot go through models of this architecture"):
+        streamed(model, [merged_folder(folder)])
+    names = open_merge_base(folder, ModelSection(quantization="none"), torch.float32).tensors
+    other = empty_model(make_model_folder(tmp_path / "llama"), {}, trust_remote_code=False)
+    with pytest.raises(UserError, match=r"bloom: tensor 'model.embed_tokens.weight' of the architecture is missing"):
+        other.require_names(names, "bloom")

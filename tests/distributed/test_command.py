@@ -1,0 +1,69 @@
+"""Exit codes, and who says what."""
+
+from typing import Never
+
+import pytest
+
+from qvtune.distributed import command
+from qvtune.distributed.command import run_alone, run_command
+from qvtune.errors import StopRequested, UserError
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to the process group, which is none here."""
+    happened: list[str] = []
+    monkeypatch.setattr(command.distributed, "start", lambda: happened.append("start"))
+    monkeypatch.setattr(command.distributed, "stop", lambda: happened.append("stop"))
+    return happened
+
+
+def user_error() -> Never:
+    raise UserError(["the first is wrong", "the second too"])
+
+
+def request() -> Never:
+    raise StopRequested("stopped on request (SIGTERM)")
+
+
+def defect() -> Never:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_commands_own_code(calls: list[str], code: int) -> None:
+    assert run_command(lambda: code) == code
+    assert calls == ["start", "stop"]
+
+
+def test_a_request_before_there_was_anything_to_save(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(request) == 75
+    assert capsys.readouterr().err.startswith("stopped on request (SIGTERM) before the first step")
+    assert calls == ["start", "stop"], "all ranks leave together"
+
+
+def test_a_persons_mistake_is_printed_without_a_traceback(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(user_error) == 2
+    assert capsys.readouterr().err == "error: the first is wrong\nerror: the second too\n"
+    assert calls == ["start", "stop"], "all ranks leave together"
+
+
+def test_other_ranks_only_return_the_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(user_error) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_defect_is_raised_and_waits_for_nobody(calls: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(defect)
+    assert calls == ["start"], "no collective after an error: the others may never come"
+
+
+def test_alone(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_alone(lambda: None) == 0
+    assert run_alone(user_error) == 2
+    assert capsys.readouterr().err == "error: the first is wrong\nerror: the second too\n"
+    with pytest.raises(ZeroDivisionError):
+        run_alone(defect)
+    assert calls == []

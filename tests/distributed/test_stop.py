@@ -1,0 +1,130 @@
+"""One request may come as several signals; a second request is an order."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from qvtune.distributed import stop
+from qvtune.distributed.stop import REPEAT_SECONDS, SIGNALS, StopRequest
+from qvtune.errors import StopRequested
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit codes with which the process would have ended."""
+    codes: list[int] = []
+    monkeypatch.setattr(stop.os, "_exit", codes.append)
+    return codes
+
+
+def wait_for(request: StopRequest) -> None:
+    """The listening thread needs a moment."""
+    deadline = time.monotonic() + 10
+    while request.signal is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_stops_at_the_next_poll(number: signal.Signals) -> None:
+    request = StopRequest()
+    request.poll()
+    request.poll_alone()
+    os.kill(os.getpid(), number)
+    wait_for(request)
+    for poll in (request.poll, request.poll_alone):
+        with pytest.raises(StopRequested, match=rf"stopped on request \({number.name}\)"):
+            poll()
+
+
+def test_other_signals_are_not_meant() -> None:
+    request = StopRequest()
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_for(request)
+    signal.signal(signal.SIGUSR2, before)
+    assert request.signal is signal.SIGTERM
+
+
+def test_a_new_run_of_the_process_has_not_been_asked() -> None:
+    first = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_for(first)
+    StopRequest().poll()
+
+
+def test_one_request_in_several_signals_is_one(exits: list[int]) -> None:
+    """Ctrl-C is SIGINT from the terminal and SIGTERM from the launcher, when that comes to it."""
+    request = StopRequest()
+    for number, seconds in (
+        (signal.SIGINT, 0.0),
+        (signal.SIGTERM, 0.1),
+        (signal.SIGTERM, REPEAT_SECONDS),
+        (signal.SIGUSR1, 100.0),
+    ):
+        request._received(number, 1000.0 + seconds)
+    assert exits == []
+    assert request.signal is signal.SIGINT
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_same_signal_later_ends_the_process(exits: list[int], number: signal.Signals) -> None:
+    request = StopRequest()
+    request._received(number, 1000.0)
+    request._received(number, 1000.0 + REPEAT_SECONDS)
+    assert exits == [128 + number]
+
+
+def test_a_request_that_another_rank_has_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = StopRequest()
+    notes = {request._announcement: "SIGUSR1"}
+    monkeypatch.setattr(stop.distributed, "announced", notes.get)
+    with pytest.raises(StopRequested, match=r"\(SIGUSR1\)"):
+        request.poll_alone()
+
+
+def test_looking_for_announcements_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    monkeypatch.setattr(stop.distributed, "announced", lambda name: looks.append(name))
+    request = StopRequest()
+    for _ in range(1000):
+        request.poll_alone()
+    assert 1 <= len(looks) < 100
+
+
+@pytest.mark.parametrize(
+    ("parent", "grandparent", "ends", "stops"),
+    [
+        ("python -m deepspeed.launcher.launch train.py", "python /venv/bin/deepspeed train.py", "grandparent", True),
+        ("python -m deepspeed.launcher.launch train.py", "python /venv/bin/deepspeed train.py", "parent", True),
+        ("python -m deepspeed.launcher.launch train.py", "bash job.sh", "grandparent", False),
+        ("bash -c train.py", "sshd", "parent", False),  # nohup
+    ],
+)
+def test_a_launcher_that_is_gone_is_a_request(
+    monkeypatch: pytest.MonkeyPatch, parent: str, grandparent: str, ends: str, stops: bool
+) -> None:
+    parents, commands = {1000: 500, 500: 400}, {500: parent, 400: grandparent}
+    monkeypatch.setattr(stop.os, "getppid", lambda: parents[1000])
+    monkeypatch.setattr(stop, "_parent", lambda pid: parents.get(pid, 0))
+    monkeypatch.setattr(stop, "_command", lambda pid: commands.get(pid, "").split(" "))
+    request = StopRequest()
+    request.poll()
+    parents |= {500: 1} if ends == "grandparent" else {1000: 1}
+    if stops:
+        with pytest.raises(StopRequested, match="launcher has ended"):
+            request.poll()
+    else:
+        request.poll()

@@ -1,0 +1,114 @@
+"""Which parameters are trained, what they start from, and what they are called in a file."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from qvtune.config.schema import AdapterSection, ModelSection
+from qvtune.errors import UserError
+from qvtune.model.adapters import add_adapters, projection_and_factor, saved_name, trainable
+from qvtune.model.families import FAMILIES
+from qvtune.model.loader import load_whole
+from tests.support.tiny import make_model_folder
+
+
+def adapted(folder: Path, section: AdapterSection, seed: int = 0, **model: Any) -> Any:
+    base = load_whole(folder, ModelSection(**model), torch.float32)
+    return add_adapters(base, section, str(folder), seed)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_only_q_and_v_are_trained(llama_folder: Path, quantization: str) -> None:
+    names = [name for name, _ in trainable(adapted(llama_folder, AdapterSection(), quantization=quantization))]
+    projections = [f"layers.{layer}.self_attn.{module}" for layer in (0, 1) for module in ("q_proj", "v_proj")]
+    expected = [
+        f"base_model.model.model.{path}.lora_{factor}.default.weight" for path in projections for factor in "AB"
+    ]
+    assert sorted(names) == sorted(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_projections(tmp_path: Path, family: str) -> None:
+    model = adapted(make_model_folder(tmp_path / family, family), AdapterSection(projections=("q", "k", "v", "o")))
+    found = {projection_and_factor(name) for name, _ in trainable(model)}
+    assert found == {(letter, factor) for letter in "qkvo" for factor in "AB"}
+
+
+def test_values_depend_on_the_seed_alone(llama_folder: Path) -> None:
+    torch.manual_seed(1)
+    first = dict(trainable(adapted(llama_folder, AdapterSection(), seed=5)))
+    torch.manual_seed(2)
+    drawn_without = torch.rand(3)
+    torch.manual_seed(2)
+    second = dict(trainable(adapted(llama_folder, AdapterSection(), seed=5)))
+    assert torch.equal(torch.rand(3), drawn_without), "the caller's random numbers are left alone"
+    other = dict(trainable(adapted(llama_folder, AdapterSection(), seed=6)))
+    assert len(first) == 8
+    for name, parameter in first.items():
+        assert torch.equal(parameter, second[name])
+        if "lora_A" in name:
+            assert not torch.equal(parameter, other[name])
+        else:
+            assert not parameter.any(), "B starts at 0: the adapted model is the base"
+
+
+def test_factors_have_the_compute_dtype_and_the_rank(llama_folder: Path) -> None:
+    base = load_whole(llama_folder, ModelSection(), torch.bfloat16)
+    for name, parameter in trainable(add_adapters(base, AdapterSection(rank=3), "base", seed=0)):
+        assert parameter.dtype == torch.bfloat16
+        assert 3 in parameter.shape and projection_and_factor(name)[1] == ("A" if parameter.shape[0] == 3 else "B")
+
+
+@pytest.mark.parametrize(("method", "scaling"), [("lora", 12.0 / 9), ("rslora", 12.0 / 3)])
+def test_the_method_decides_the_scaling(llama_folder: Path, method: Any, scaling: float) -> None:
+    """y = W x + scaling * B A x; alpha / r (arXiv 2106.09685) or alpha / sqrt(r) (arXiv 2312.03732)."""
+    model = adapted(llama_folder, AdapterSection(method=method, rank=9, alpha=12.0))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    nn.init.normal_(layer.lora_B["default"].weight)
+    hidden_states = torch.randn(2, 64)
+    update = hidden_states @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+    expected = layer.base_layer(hidden_states) + scaling * update
+    torch.testing.assert_close(layer(hidden_states), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_names_are_those_that_peft_writes(llama_folder: Path, tmp_path: Path) -> None:
+    model = adapted(llama_folder, AdapterSection(projections=("q", "v", "o")))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {saved_name(name): parameter.shape for name, parameter in trainable(model)} == {
+        name: tensor.shape for name, tensor in stored.items()
+    }
+
+
+class _FusedAttention(nn.Module):
+    """An architecture that has only one of the projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="llama")
+        self.qkv_proj, self.o_proj = nn.Linear(4, 12), nn.Linear(4, 4)
+
+
+def test_all_projections_that_the_model_lacks_are_named() -> None:
+    with pytest.raises(UserError) as caught:
+        add_adapters(_FusedAttention(), AdapterSection(projections=("q", "v", "o")), "base", seed=0)
+    query, value = caught.value.problems
+    assert "'q' is q_proj, which this model does not have; it has o_proj" in query
+    assert "'v' is v_proj" in value
+
+
+def test_projection_and_factor_of_a_name() -> None:
+    path = "base_model.model.model.layers.11.self_attn"
+    assert projection_and_factor(f"{path}.v_proj.lora_B.default.weight") == ("v", "B")
+    assert projection_and_factor(f"{path}.q_proj.lora_A.default.weight") == ("q", "A")
+    path = "base_model.model.encoder.layer.3.attention"
+    assert projection_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
+    assert projection_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
+    assert projection_and_factor("model.layers.11.self_attn.v_proj.weight") == ("v", None)
+    with pytest.raises(AssertionError, match="gate_proj"):
+        projection_and_factor("model.mlp.gate_proj.lora_A.default.weight")

@@ -1,0 +1,131 @@
+"""What the multi-process tests share: a model, data, runs by name, and few starts of many processes."""
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.processes import Finished, run_ranks
+from tests.support.tiny import make_model_folder, make_tokenizer
+
+MAX_STEPS = 6
+MAX_GRAD_NORM = 0.7  # clips some steps, not all
+RARE = "§"  # stands in one row of the file ``rare.jsonl``
+_WORDS = ("what", "does", "it", "do", "in", "python", "the", "name", "says", "hello", "world", "be", "kind", "user")
+
+Job = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder with ``model/``, ``train.jsonl``, ``eval.jsonl``, and a run folder for each named run."""
+
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes that work here."""
+        return {"QVTUNE_CACHE": str(self.folder / "cache")}
+
+    def run_dir(self, name: str) -> Path:
+        """Where a run records itself."""
+        return self.folder / "runs" / name
+
+    def config(self, name: str, **changes: Any) -> dict[str, Any]:
+        """A complete run; ``changes`` are written ``section__key=value``."""
+        config: dict[str, Any] = {
+            "run_dir": str(self.run_dir(name)),
+            "deepspeed": "zero3.json",
+            "model": {"name_or_path": str(self.folder / "model")},
+            "adapter": {"rank": 4, "alpha": 8.0},
+            "optimizer": {"lr": 1e-2, "lr_multipliers": {"v": 4.0}, "max_grad_norm": MAX_GRAD_NORM},
+            "schedule": {"warmup_ratio": 0.3, "min_ratio": 0.1},
+            "data": {"train": str(self.folder / "train.jsonl"), "max_length": 64},
+            "train": {"max_steps": MAX_STEPS, "global_batch_size": 6},
+        }
+        for path, value in changes.items():
+            section, _, key = path.rpartition("__")
+            (config[section] if section else config)[key] = value
+        return config
+
+    def events(self, name: str, event: str) -> list[dict[str, Any]]:
+        """All events of one kind that a run has recorded, in the order of the file."""
+        lines = (self.run_dir(name) / "metrics.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+    def losses(self, name: str) -> list[float]:
+        """Of all steps; what a step gave when it ran last."""
+        last = {entry["step"]: entry["loss"] for entry in self.events(name, "step")}
+        assert list(last) == list(range(1, MAX_STEPS + 1)), last
+        return list(last.values())
+
+    def grad_norms(self, name: str) -> list[float]:
+        """As ``losses``."""
+        return list({entry["step"]: entry["grad_norm"] for entry in self.events(name, "step")}.values())
+
+    def copy_run(self, name: str, copy: str) -> None:
+        """The same run a second time, so that it can go on in two ways."""
+        shutil.copytree(self.run_dir(name), self.run_dir(copy), symlinks=True)
+
+    def launch(self, name: str, num_ranks: int, jobs: Sequence[Job], **environment: str) -> list[Finished]:
+        """Run jobs of tests/distributed/worker.py; returns how each rank ended."""
+        folder = self.folder / "launches" / name
+        folder.mkdir(parents=True)
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        command: list[str | Path] = [sys.executable, "-m", "tests.distributed.worker", folder / "jobs.json", folder]
+        return run_ranks(command, num_ranks, folder, timeout=300, **self.environment, **environment)
+
+    def results(self, name: str, num_ranks: int) -> list[dict[str, Any]]:
+        """What the jobs of a launch returned, for each rank: job -> result."""
+        folder = self.folder / "launches" / name
+        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def make_lab(folder: Path) -> Lab:
+    """A tiny LLaMA, one of whose matrices has two nested blocks, and rows of text."""
+    make_model_folder(folder / "model", intermediate_size=301)
+    _write_rows(folder / "train.jsonl", seed=0, num_rows=60)
+    _write_rows(folder / "eval.jsonl", seed=1, num_rows=7)
+    return Lab(folder)
+
+
+def poison(lab: Lab) -> None:
+    """``poisoned/`` and ``rare.jsonl``: a model that gives NaN for one token, and rows of which one has it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(lab.folder / "model", lab.folder / "poisoned")
+    weights = lab.folder / "poisoned" / "model.safetensors"
+    tensors = load_file(weights)
+    rare_ids = set(make_tokenizer()(RARE)["input_ids"])
+    assert not rare_ids & set(make_tokenizer()(" ".join(_WORDS))["input_ids"])
+    tensors["model.embed_tokens.weight"][list(rare_ids)] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    rows = (lab.folder / "train.jsonl").read_text().splitlines()
+    rows[0] = json.dumps({"prompt": RARE, "completion": " is rare"})
+    (lab.folder / "rare.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def change_one_weight(weights: Path) -> None:
+    """In the last matrix of the second layer."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][5, 7] += 0.25
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def _write_rows(path: Path, seed: int, num_rows: int) -> None:
+    chance = random.Random(seed)
+    rows = [
+        {
+            "prompt": " ".join(chance.choices(_WORDS, k=chance.randint(2, 6))),
+            "completion": " " + " ".join(chance.choices(_WORDS, k=chance.randint(2, 12))),
+        }
+        for _ in range(num_rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,143 @@
+"""Starting the processes of a test, and ending exactly these."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended and what it wrote."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """Both, for the message of a failed assertion."""
+        return f"exit code {self.code}\n--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+
+
+def run_command(command: Sequence[str | Path], folder: Path, *, timeout: float, **environment: str) -> Finished:
+    """Run one command (a launcher, say) in the repository; its output lies in ``folder`` as well.
+
+    Raises TimeoutError after ``timeout`` seconds, when the command and all its children have been killed.
+    """
+    return _run([command], [environment], folder, timeout)[0]
+
+
+def run_ranks(
+    command: Sequence[str | Path], num_ranks: int, folder: Path, *, timeout: float, **environment: str
+) -> list[Finished]:
+    """Run a command once for each rank, with the variables that launchers set.
+
+    When a rank fails the others are killed, as launchers do; their codes are then -9. Raises as ``run_command``.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+    return _run([command] * num_ranks, ranks, folder, timeout)
+
+
+@contextmanager
+def started(command: Sequence[str | Path], folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs meanwhile, in a session of its own; at the end it and all its children are killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        process = _start(command, environment, stack, folder / "stdout.txt", folder / "stderr.txt")
+        yield process
+
+
+def _start(
+    command: Sequence[str | Path], environment: Mapping[str, str], stack: ExitStack, out: Path, err: Path
+) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env=_environment(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=stack.enter_context(out.open("wb")),
+        stderr=stack.enter_context(err.open("wb")),
+        start_new_session=True,  # so that a launcher's children can be killed with it
+    )
+    stack.callback(_kill, process)
+    return process
+
+
+def _run(
+    commands: Sequence[Sequence[str | Path]], environments: Sequence[Mapping[str, str]], folder: Path, timeout: float
+) -> list[Finished]:
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = [(folder / f"stdout-{index}.txt", folder / f"stderr-{index}.txt") for index in range(len(commands))]
+    with ExitStack() as stack:
+        processes = [
+            _start(command, environment, stack, out, err)
+            for command, environment, (out, err) in zip(commands, environments, outputs, strict=True)
+        ]
+        in_time = _wait(processes, timeout)
+        if not in_time:
+            _show_where_they_hang(processes)
+    finished = [
+        Finished(process.returncode, out.read_text(errors="replace"), err.read_text(errors="replace"))
+        for process, (out, err) in zip(processes, outputs, strict=True)
+    ]
+    if not in_time:
+        raise TimeoutError(f"after {timeout} s\n" + "\n".join(one.output for one in finished))
+    return finished
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This one's, without what would make a process part of another run; launchers look for ``python`` on PATH."""
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key == "QVTUNE_CACHE" or not key.startswith(("SLURM_", "QVTUNE_", "MASTER_"))
+    }
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        inherited.pop(key, None)
+    own = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "CUDA_VISIBLE_DEVICES": "",  # the same test everywhere
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    return {**inherited, **own, **extra}
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> bool:
+    """Until all have ended, or one has failed and the others would wait for it; returns whether that was in time."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _show_where_they_hang(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Python prints the stack of each thread on SIGABRT (PYTHONFAULTHANDLER)."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGABRT)
+    _wait(processes, timeout=5)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it has started; it leads a session of its own."""
+    with suppress(ProcessLookupError):  # the whole group has ended already
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
