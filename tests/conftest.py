@@ -33,10 +33,10 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes several processes, done by this one without a process group."""
-    monkeypatch.setattr(process_group, "gather_objects", lambda own: [own])
+    monkeypatch.setattr(process_group, "all_gather_object", lambda own: [own])
     monkeypatch.setattr(process_group, "barrier", lambda: None)
-    monkeypatch.setattr(process_group, "together", nullcontext)
-    monkeypatch.setattr(process_group, "from_main", lambda value: value)
+    monkeypatch.setattr(process_group, "raise_on_all_ranks", nullcontext)
+    monkeypatch.setattr(process_group, "broadcast_object", lambda value: value)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from typing import Never
 
 import pytest
 
-from qvtune.distributed import command
+from qvtune.distributed import process_group
 from qvtune.distributed.command import run_alone, run_command
 from qvtune.errors import StopRequested, UserError
 
@@ -13,8 +13,8 @@ from qvtune.errors import StopRequested, UserError
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens to the process group, which is none here."""
     happened: list[str] = []
-    monkeypatch.setattr(command.distributed, "start", lambda: happened.append("start"))
-    monkeypatch.setattr(command.distributed, "stop", lambda: happened.append("stop"))
+    monkeypatch.setattr(process_group, "start", lambda: happened.append("start"))
+    monkeypatch.setattr(process_group, "stop", lambda: happened.append("stop"))
     return happened
 
 

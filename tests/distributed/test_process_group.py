@@ -25,7 +25,7 @@ print(json.dumps({
     },
     "rank": process_group.rank(), "world_size": process_group.world_size(), "main": process_group.is_main(),
     "sum": process_group.sum_over_ranks(1.5, 2.0), "max": process_group.max_over_ranks(-1.0),
-    "objects": process_group.gather_objects("own"), "from_main": process_group.from_main({"a": 1}),
+    "objects": process_group.all_gather_object("own"), "broadcast_object": process_group.broadcast_object({"a": 1}),
 }))
 process_group.stop()
 process_group.stop()
@@ -46,7 +46,7 @@ def test_plain_python_is_one_process(tmp_path: Path) -> None:
         "sum": [1.5, 2.0],
         "max": [-1.0],
         "objects": ["own"],
-        "from_main": {"a": 1},
+        "broadcast_object": {"a": 1},
     }
 
 
@@ -63,7 +63,7 @@ def test_without_variables_this_is_the_only_process(monkeypatch: pytest.MonkeyPa
     assert (process_group.rank(), process_group.world_size(), process_group.local_rank()) == (0, 1, 0)
     assert process_group.is_main()
     own = torch.arange(3)
-    assert process_group.gather_tensor(own)[0] is own, "no collective among one"
+    assert process_group.all_gather_tensor(own)[0] is own, "no collective among one"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch: pytest.M
 
 def others_report(monkeypatch: pytest.MonkeyPatch, *problems: str, stop: str | None = None) -> None:
     """A second rank whose block ended with these problems, or with this request to stop."""
-    monkeypatch.setattr(process_group, "gather_objects", lambda own: [own, (problems, stop)])
+    monkeypatch.setattr(process_group, "all_gather_object", lambda own: [own, (problems, stop)])
 
 
 def fail(*problems: str) -> Callable[[], None]:
@@ -121,9 +121,9 @@ def fail(*problems: str) -> Callable[[], None]:
     return build
 
 
-def test_together_passes_when_no_rank_has_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raise_on_all_ranks_passes_when_no_rank_has_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     others_report(monkeypatch)
-    with process_group.together():
+    with process_group.raise_on_all_ranks():
         done = True
     assert done
 
@@ -136,12 +136,12 @@ def test_together_passes_when_no_rank_has_an_error(monkeypatch: pytest.MonkeyPat
         (["same", "mine"], ["same", "theirs"], ("same", "mine", "theirs")),
     ],
 )
-def test_together_raises_the_problems_of_all_ranks_once_each(
+def test_raise_on_all_ranks_raises_the_problems_of_all_ranks_once_each(
     monkeypatch: pytest.MonkeyPatch, own: list[str], others: list[str], expected: tuple[str, ...]
 ) -> None:
     others_report(monkeypatch, *others)
     block = fail(*own) if own else lambda: None
-    with pytest.raises(UserError) as caught, process_group.together():
+    with pytest.raises(UserError) as caught, process_group.raise_on_all_ranks():
         block()
     assert caught.value.problems == expected
 
@@ -153,18 +153,18 @@ def request() -> None:
 @pytest.mark.parametrize(
     ("block", "stop", "expected"), [(request, None, "mine"), (request, "theirs", "mine"), (int, "theirs", "theirs")]
 )
-def test_together_raises_a_request_to_stop_on_all_ranks(
+def test_raise_on_all_ranks_raises_a_request_to_stop_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, block: Callable[[], object], stop: str | None, expected: str
 ) -> None:
     others_report(monkeypatch, stop=stop)
-    with pytest.raises(StopRequested, match=expected), process_group.together():
+    with pytest.raises(StopRequested, match=expected), process_group.raise_on_all_ranks():
         block()
 
 
 def test_a_mistake_comes_before_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Started again it would be there again."""
     others_report(monkeypatch, "wrong")
-    with pytest.raises(UserError, match="wrong"), process_group.together():
+    with pytest.raises(UserError, match="wrong"), process_group.raise_on_all_ranks():
         request()
 
 
@@ -172,9 +172,9 @@ def test_one_rank_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [process_group.any_rank(flag) for flag in (True, False)] == [True, False]
 
 
-def test_together_lets_defects_through_without_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(process_group, "gather_objects")
-    with pytest.raises(ZeroDivisionError), process_group.together():
+def test_raise_on_all_ranks_lets_defects_through_without_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(process_group, "all_gather_object")
+    with pytest.raises(ZeroDivisionError), process_group.raise_on_all_ranks():
         raise ZeroDivisionError
 
 
@@ -193,7 +193,7 @@ def test_once_per_host_the_first_rank_builds_before_the_others(
         return "built"
 
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setattr(process_group, "gather_objects", gather)
+    monkeypatch.setattr(process_group, "all_gather_object", gather)
     assert process_group.once_per_host(build) == "built"
     assert events == (["build", "meet", "meet"] if local_rank == "0" else ["meet", "build", "meet"])
 

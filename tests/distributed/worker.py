@@ -74,7 +74,7 @@ class SignalAt:
 
     def __init__(self, function: str, nth: int, number: int, to: int | None = None) -> None:
         self.function, self.nth, self.number, self.calls = function, nth, number, 0
-        pids = process_group.gather_objects(os.getpid())
+        pids = process_group.all_gather_object(os.getpid())
         self.receiver = (
             pids[process_group.rank() if to is None else to] if to is None or process_group.is_main() else None
         )

@@ -1,4 +1,4 @@
-"""Running a command: one message for a person's mistake, one exit code, and on many ranks everybody leaves together."""
+"""Runs a command: prints a UserError once and turns the outcome into an exit code that all ranks share."""
 
 import sys
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from qvtune.errors import StopRequested, UserError
 def run_command(command: Callable[[], int]) -> int:
     """Start the process group, run ``command`` on every rank and return the exit code.
 
-    A UserError is raised on all ranks (``process_group.together``), printed once, by rank 0, and gives exit code 2. A
-    StopRequested, which comes before there was anything to save, is raised on all ranks too and gives 75. Any other
-    exception ends this rank with a traceback, without collectives: the launcher ends the others.
+    A UserError is raised on all ranks (``process_group.raise_on_all_ranks``), printed once, by rank 0, and gives exit
+    code 2. A StopRequested gets here only if there was nothing to save yet; it is raised on all ranks too and gives
+    75. Any other exception ends this rank with a traceback, without collectives: the launcher ends the others.
     """
     try:
         process_group.start()

@@ -1,6 +1,6 @@
-"""The one user of torch.distributed and of the rank variables.
+"""The process group of all ranks: the only module that uses torch.distributed and reads the rank variables.
 
-Started by ``deepspeed``, torchrun or ``srun`` the variables are there; started as plain ``python`` this is one process.
+``deepspeed``, torchrun and ``srun`` set these variables; without them (plain ``python``) there is one rank.
 """
 
 import os
@@ -23,8 +23,8 @@ Value = TypeVar("Value")
 def start() -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed.
 
-    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (by default half an hour) for a rank ends the run: so
-    a network that has been cut is noticed. Raises UserError where the variable is not a number of seconds.
+    A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (default 1800) for another rank fails and ends the run;
+    a broken network is not noticed otherwise. Raises UserError if the variable is not a number of seconds.
     """
     timeout = _timeout()
     if not torch.cuda.is_available():
@@ -43,7 +43,7 @@ def start() -> None:
 
 
 def silence_others() -> None:
-    """No warnings between DeepSpeed, transformers and torch: nothing that the person at the console could change."""
+    """Hide FutureWarnings that libraries cause in each other: the user cannot change anything about them."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
 
 
@@ -55,31 +55,31 @@ def _timeout() -> timedelta:
 
 
 def _share_cores() -> None:
-    """Divide the cores among the ranks of this host: more threads than cores wait for each other, 15 times slower."""
+    """Divide the cores among the ranks of this host: more threads than cores made a step 15 times slower."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def stop() -> None:
-    """Leave together: the launcher ends the other ranks as soon as one has left with a code."""
+    """Barrier, then leave the process group: the launcher kills the remaining ranks at the first exit with an error."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process among all; 0 before ``start``."""
+    """The rank of this process; before ``start`` that of the launcher's variable, or 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes; 1 before ``start``."""
+    """Number of ranks; before ``start`` that of the launcher's variable, or 1."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process among those of its host."""
+    """The rank of this process on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -89,7 +89,7 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device of this rank."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -111,8 +111,8 @@ def max_over_ranks(*values: float) -> list[float]:
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on some rank; collective.
 
-    Over gloo and host memory also where the other collectives are NCCL's: a byte on the device would have to wait for
-    all that is queued there. Every rank must come by anyway, so it costs a round trip between the hosts, no more.
+    Over gloo and host memory even where the other collectives use NCCL: a tensor on the GPU would have to wait for
+    all kernels queued there. Costs one round trip between the hosts.
     """
     if world_size() == 1:
         return flag
@@ -123,21 +123,21 @@ def any_rank(flag: bool) -> bool:
 
 @lru_cache
 def _host_group() -> Any:
-    """All ranks, over gloo; the first call is collective."""
+    """A gloo group of all ranks; the first call is collective."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def announce(name: str, text: str) -> None:
-    """Leave a note that any rank can find without a collective. From any thread."""
+    """Store ``text`` where any rank can read it without a collective. Thread-safe."""
     if dist.is_initialized() and world_size() > 1:
         try:
             _store().set(name, text)
-        except dist.DistError as error:  # rank 0, where the notes lie, has gone: all collectives say so as well
+        except dist.DistError as error:  # rank 0 serves the store and has exited: every collective fails as well
             warnings.warn(f"cannot announce {name}: {error}", stacklevel=2)
 
 
 def announced(name: str) -> str | None:
-    """The note that some rank has left under this name."""
+    """The text that some rank has stored under this name, or None."""
     if not dist.is_initialized() or world_size() == 1 or not _store().check([name]):
         return None
     text: str = _store().get(name).decode()
@@ -155,8 +155,8 @@ def _reduce(values: tuple[float, ...], operation: Any) -> list[float]:
     return result
 
 
-def gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of all ranks, in rank order; equal shapes."""
+def all_gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all ranks, in rank order; shapes must be equal."""
     if world_size() == 1:
         return [own]
     parts = [torch.empty_like(own) for _ in range(world_size())]
@@ -164,14 +164,14 @@ def gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
     return parts
 
 
-def gather_objects(own: Any) -> list[Any]:
+def all_gather_object(own: Any) -> list[Any]:
     """The objects of all ranks, in rank order."""
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, own)
     return parts
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -179,10 +179,10 @@ def from_main(value: Any) -> Any:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A user error of any rank inside the block, or a request to stop, is raised on all: none waits for another.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise a UserError or StopRequested of any rank inside the block on all ranks, so that none waits for another.
 
-    No collectives inside: a rank with an error does not take part in them.
+    No collectives inside: a rank with an error would not take part in them. Any other exception propagates at once.
     """
     own: tuple[str, ...] = ()
     stop = None
@@ -192,7 +192,7 @@ def together() -> Iterator[None]:
         own = error.problems
     except StopRequested as request:
         stop = str(request)
-    reports = gather_objects((own, stop))
+    reports = all_gather_object((own, stop))
     problems = list(dict.fromkeys(problem for report, _ in reports for problem in report))
     if problems:
         raise UserError(problems)
@@ -201,12 +201,12 @@ def together() -> Iterator[None]:
 
 
 def once_per_host(build: Callable[[], Value]) -> Value:
-    """``build()`` on every rank, on the first of each host before the others, which then find its result in the cache.
+    """Call ``build()`` on local rank 0 of each host first, then on its other ranks, which find the result in the cache.
 
-    Raises its UserError or StopRequested on all ranks; no collectives inside.
+    A UserError or StopRequested of one rank is raised on all ranks; no collectives inside.
     """
     for first in (True, False):
-        with together():
+        with raise_on_all_ranks():
             if (local_rank() == 0) is first:
                 value = build()
     return value

@@ -63,7 +63,7 @@ class StopRequest:
             raise StopRequested(self._reason())
 
     def poll_alone(self) -> None:
-        """The same for work of one rank, of whose end ``process_group.together`` tells the others; often is cheap."""
+        """The same for work of one rank inside ``process_group.raise_on_all_ranks``; cheap, so call it often."""
         now = time.monotonic()
         if self.signal is None and now < self._next_look:
             return

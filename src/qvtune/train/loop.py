@@ -30,7 +30,7 @@ Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 def train_from_file(path: Path, overrides: Sequence[str]) -> int:
     """``train`` with a recipe and the command line's overrides."""
-    with process_group.together():
+    with process_group.raise_on_all_ranks():
         config = load_config(path, overrides)
     return train(config)
 

@@ -68,13 +68,13 @@ class Run:
 
 def plan(config: RunConfig, stop: StopRequest) -> Plan:
     """Check everything; collective. Raises UserError on all ranks, with nothing written but caches."""
-    with process_group.together():
+    with process_group.raise_on_all_ranks():
         dtype, dtype_reason = choose_dtype(config.model.dtype)
         attention, attention_reason = choose_attention(config.model.attention, dtype)
         deepspeed_config = resolve_deepspeed(config, process_group.world_size(), str(dtype).removeprefix("torch."))
         resume = find_resume(config)
     folder = process_group.once_per_host(lambda: model_folder(config.model.name_or_path, cache_dir()))
-    with process_group.together():
+    with process_group.raise_on_all_ranks():
         layer_numel = _check_model(folder, config, dtype)
         tokenizer = _tokenizer(folder, config)
     deepspeed_config = fill_from_model(deepspeed_config, layer_numel)
@@ -218,13 +218,13 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
-        gather = process_group.gather_tensor
+        gather = process_group.all_gather_tensor
     else:
         placement, gather = Whole(process_group.device()), lambda own: [own]
     load, content = fill(base, placement, planned.dtype, gather, stop.poll)
     if planned.resume is not None:
         checkpoint_state.require_base(planned.resume, content)
-    with process_group.together():
+    with process_group.raise_on_all_ranks():
         if process_group.is_main():
             require_unchanged(base.weights, content, cache_dir() / "bases")
     model = add_adapters(base.skeleton, config.adapter, str(planned.folder), config.train.seed)

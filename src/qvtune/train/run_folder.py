@@ -99,11 +99,12 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
     owner as well. What an earlier run has left in the place of a new one is kept in ``run_dir.1``, ``.2``, ...
     The job's own ``logs`` and ``submitted`` stay.
     """
-    hosts = process_group.gather_objects(socket.gethostname())
+    hosts = process_group.all_gather_object(socket.gethostname())
     owner = take(Path(config.run_dir)) if process_group.is_main() else None
-    with process_group.together():
+    with process_group.raise_on_all_ranks():
         found = find_resume(config) if owner is not None else None
-    resume: Path | None = process_group.from_main(found)  # other hosts may not see yet what the old owner did last
+    # Other hosts may not see yet what the old owner did last.
+    resume: Path | None = process_group.broadcast_object(found)
     if owner is not None:
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
