@@ -1,14 +1,20 @@
 """Fixtures for all tests; what they are made of is in tests/support/tiny.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.distributed import process_group
+from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.loader import load_whole
+from qvtune.tasks.causal_lm import CausalLMObjective
 from tests.support.tiny import make_model_folder, make_tokenizer
 
 
@@ -54,3 +60,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama_fp32_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in float32."""
     return make_model_folder(tmp_path_factory.mktemp("models") / "llama-fp32", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def make_objective(llama_fp32_folder: Path) -> Callable[..., CausalLMObjective]:
+    def make(folder: Path = llama_fp32_folder, attention: str = "sdpa", **model: Any) -> CausalLMObjective:
+        """The module that is trained, around a tiny model in float32. The same at every call.
+
+        B of the adapters is not 0, as it would be after some steps.
+        """
+        base = load_whole(folder, ModelSection(**model), torch.float32, attention)
+        adapted = add_adapters(base, AdapterSection(rank=4), str(folder), seed=0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            for name, parameter in trainable(adapted):
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.2)
+        return CausalLMObjective(adapted)
+
+    return make

@@ -1,6 +1,10 @@
 """What is shown to the person who typed the command, as opposed to a defect of the program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class UserError(Exception):
@@ -15,6 +19,26 @@ class UserError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+@dataclass
+class Problems:
+    """What several checks have found, so that a person sees all of it at once."""
+
+    found: list[str] = field(default_factory=list)
+
+    def attempt(self, check: Callable[[], Value]) -> Value | None:
+        """What ``check`` returns; None where it raises a UserError, whose problems are kept."""
+        try:
+            return check()
+        except UserError as error:
+            self.found += [problem for problem in error.problems if problem not in self.found]
+            return None
+
+    def raise_all(self) -> None:
+        """Raises UserError with everything that was found, if anything was."""
+        if self.found:
+            raise UserError(self.found)
 
 
 class ProofError(UserError):

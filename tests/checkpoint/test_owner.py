@@ -52,7 +52,7 @@ def write_run(run_dir: Path, resume: str, mark: str, before_append: Callable[[],
             metrics.write("checkpoint", step=step, mark=mark)
         with owner.writing() as workspace:
             checkpoint_folder.write(run_dir / "checkpoints", step, write_files, workspace)
-            checkpoint_folder.mark_best(run_dir / "checkpoints", {step: float(step)}, workspace)
+            checkpoint_folder.mark_best(run_dir / "checkpoints", {step: float(step)}, workspace=workspace)
             checkpoint_folder.prune(run_dir / "checkpoints", 1, workspace)
     metrics.close()
 

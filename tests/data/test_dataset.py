@@ -14,6 +14,7 @@ from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.rows import TextRow
 from qvtune.data.tokenize import tokenize_row
 from qvtune.errors import UserError
+from qvtune.tasks.causal_lm import TASK
 
 WriteJsonl = Callable[..., Path]
 PAIRS = [{"prompt": "hello", "completion": " world" * count} for count in (3, 1, 8, 2, 5, 1)]
@@ -23,7 +24,7 @@ PAIRS = [{"prompt": "hello", "completion": " world" * count} for count in (3, 1,
 def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., TokenRows]:
     def build_rows(path: Path, **settings: Any) -> TokenRows:
         config = DataSection.model_validate({"max_length": 16, **settings})
-        return build_token_rows(path, "data.train", config, tokenizer, tmp_path / "cache")
+        return build_token_rows(path, "data.train", config, tokenizer, TASK, tmp_path / "cache")
 
     return build_rows
 

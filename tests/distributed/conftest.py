@@ -28,8 +28,13 @@ ZERO2 = {"deepspeed": "zero2.json"}
 STOP = {"train__stop_after_step": 3}
 FULL = {"adapter": {"method": "full", "projections": ["q", "v"]}}
 # Runs of "plain" that are asked to stop before the nth call of a function; what they change; the step they stop after.
-# A step has three micro-batches a rank, and the check of the packing one before the first.
-MIDDLE_OF_STEP_3 = {"function": "qvtune.train.loop.collate", "nth": 1 + 2 * 3 + 2, "number": signal.SIGTERM, "to": 1}
+# Batches of rank 0: one for the check of the packing, one for each evaluation (steps 0 and 2), three for each step.
+MIDDLE_OF_STEP_3 = {
+    "function": "qvtune.tasks.causal_lm.collate",
+    "nth": 1 + 1 + 2 * 3 + 1 + 2,
+    "number": signal.SIGTERM,
+    "to": 1,
+}
 EVALUATION = {"function": "qvtune.train.loop.evaluate", "number": signal.SIGINT}
 TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "terminated": (MIDDLE_OF_STEP_3, {}, 2),
@@ -41,7 +46,7 @@ TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 # Asked before the run folder is opened; rows that no earlier run has tokenized.
 UNSEEN_ROWS = {"data__max_length": 63}
 TERMINATED_EARLY = {
-    "terminated-tokenizing": {"function": "qvtune.data.dataset.tokenize_row", "nth": 20},
+    "terminated-tokenizing": {"function": "qvtune.tasks.causal_lm.tokenize_row", "nth": 20},
     "terminated-loading": {"function": "qvtune.model.loader._fill_quantized", "nth": 3},
 }
 

@@ -15,6 +15,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.order import rows_of_step
 from qvtune.data.packing import PackedRow
+from qvtune.tasks.causal_lm import TASK
 from tests.support.lab import MAX_GRAD_NORM, Lab
 
 # Linear, 6 steps, warmup_ratio 0.3 = 2 steps, then in 4 equal steps towards min_ratio 0.1 for a seventh step; by hand.
@@ -54,7 +55,7 @@ def token_rows(lab: Lab) -> TokenRows:
     """The rows that a run of ``lab`` trains on."""
     config = RunConfig.model_validate(lab.config("reference"))
     tokenizer = AutoTokenizer.from_pretrained(lab.folder / "model")
-    return build_token_rows(Path(config.data.train), "data.train", config.data, tokenizer, lab.folder / "tokens")
+    return build_token_rows(Path(config.data.train), "data.train", config.data, tokenizer, TASK, lab.folder / "tokens")
 
 
 def summed_loss(model: Any, row: PackedRow) -> torch.Tensor:

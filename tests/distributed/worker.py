@@ -60,7 +60,7 @@ def train(
     expected: Any = () if error is None else EXPECTED[error]
     with (
         SignalAt(**signal_at).patched() if signal_at else nullcontext(),
-        patch("qvtune.train.prepare.choose_attention", lambda setting, dtype: (attention, "of the test")),
+        patch("qvtune.train.preflight.choose_attention", lambda setting, dtype: (attention, "of the test")),
         patch("qvtune.model.loader.fingerprint.content_of", (lambda *_: {}) if unchecked_base else content_of),
     ):
         try:

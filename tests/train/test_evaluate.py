@@ -11,7 +11,7 @@ from torch import nn
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
 from qvtune.data.packing import PackedRow
-from qvtune.tasks.causal_lm import CausalLMObjective
+from qvtune.tasks.causal_lm import TASK, CausalLMObjective
 from qvtune.train import evaluate as evaluate_module
 from qvtune.train.evaluate import evaluate
 from tests.support.tiny import make_row
@@ -64,13 +64,19 @@ def test_the_mean_over_all_label_tokens(
         total = sum(objective(collate([row], pad_token_id=0)).item() for row in rows)
     expected = total / sum((row.labels != IGNORE_INDEX).sum() for row in rows)
     monkeypatch.setattr(evaluate_module.process_group, "world_size", lambda: num_ranks)
-    monkeypatch.setattr(evaluate_module.process_group, "sum_over_ranks", lambda *values: list(values))
-    own_losses = []
+    own_sums: list[tuple[float, float]] = []
+
+    def sum_over_ranks(loss_sum: float, num_labels: float) -> list[float]:
+        own_sums.append((loss_sum, num_labels))
+        return [loss_sum, num_labels or 1]
+
+    monkeypatch.setattr(evaluate_module.process_group, "sum_over_ranks", sum_over_ranks)
     for rank in range(num_ranks):
         monkeypatch.setattr(evaluate_module.process_group, "rank", lambda rank=rank: rank)
         engine = Engine(objective)
-        loss, seconds = evaluate(engine, rows, micro_batch_size, pad_token_id=0)
+        metrics, seconds = evaluate(engine, TASK, rows, micro_batch_size, pad_token_id=0)
         assert engine.num_calls == num_passes, "ZeRO-3 gathers in every pass: all ranks take part"
         assert engine.training and seconds > 0
-        own_losses.append(loss)
-    assert sum(own_losses) == pytest.approx(expected, rel=1e-5)
+        assert metrics == {"loss": own_sums[-1][0] / (own_sums[-1][1] or 1)}
+    assert len(own_sums) == num_ranks
+    assert sum(loss for loss, _ in own_sums) / sum(count for _, count in own_sums) == pytest.approx(expected, rel=1e-5)

@@ -7,7 +7,7 @@ checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   th
                              base.json                  fingerprint of the base, tensor by tensor
                              manifest.json              size and sha256 of each file above
 checkpoints/latest           symbolic link to the newest complete one
-checkpoints/best             symbolic link to the one with the lowest evaluation loss, when there is an evaluation
+checkpoints/best             symbolic link to the one with the best evaluation, by the metric of the task
 
 ``workspace`` is where a folder lies before it appears and after it was taken away: a hidden place on the same file
 system, by default ``checkpoints`` itself. See qvtune/checkpoint/owner.py for what it protects from.
@@ -74,15 +74,16 @@ def write(checkpoints: Path, step: int, write_files: Callable[[Path], None], wor
     return sum(int(entry["bytes"]) for entry in manifest.values())
 
 
-def mark_best(checkpoints: Path, eval_losses: Mapping[int, float], workspace: Path | None = None) -> None:
-    """Let ``best`` point to the checkpoint with the lowest of these losses; of equal ones the first."""
+def mark_best(
+    checkpoints: Path, values: Mapping[int, float], higher_is_better: bool = False, workspace: Path | None = None
+) -> None:
+    """Let ``best`` point to the checkpoint with the best of these values by step; of equal ones the first."""
     evaluated = {
-        folder: eval_losses[step]
-        for folder in complete_checkpoints(checkpoints)
-        if (step := _step_of(folder)) in eval_losses
+        folder: values[step] for folder in complete_checkpoints(checkpoints) if (step := _step_of(folder)) in values
     }
     if evaluated:
-        _point("best", min(evaluated, key=evaluated.__getitem__), workspace or checkpoints)
+        best = (max if higher_is_better else min)(evaluated, key=evaluated.__getitem__)
+        _point("best", best, workspace or checkpoints)
 
 
 def prune(checkpoints: Path, keep: int, workspace: Path | None = None) -> None:

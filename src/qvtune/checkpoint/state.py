@@ -27,12 +27,15 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainerState:
-    """Counters of a run. ``step`` of ``max_steps`` are done; ``trajectory`` are the settings that decide the losses."""
+    """Counters of a run: ``step`` of ``max_steps`` are complete.
+
+    ``evaluations``: step -> metrics. ``trajectory``: the settings that decide the losses.
+    """
 
     step: int = 0
     tokens: int = 0
     label_tokens: int = 0
-    eval_losses: dict[int, float] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     trajectory: dict[str, Any] = field(default_factory=dict)
     max_steps: int = 0
 
@@ -97,7 +100,9 @@ def require_base(folder: Path, found: Fingerprint) -> None:
 def load_trainer_state(folder: Path) -> TrainerState:
     """The counters of a checkpoint."""
     stored = json.loads((folder / "trainer_state.json").read_text())
-    stored["eval_losses"] = {int(step): loss for step, loss in stored["eval_losses"].items()}
+    if "eval_losses" in stored:  # written before tasks had other metrics
+        stored["evaluations"] = {step: {"loss": loss} for step, loss in stored.pop("eval_losses").items()}
+    stored["evaluations"] = {int(step): metrics for step, metrics in stored["evaluations"].items()}
     return TrainerState(**stored)
 
 

@@ -103,8 +103,11 @@ def _method(report: MergeReport, task: Task) -> str:
 def _losses(report: MergeReport, task: Task) -> str:
     lines = []
     if task.source.state is not None:
-        evaluated = sorted(task.source.state.eval_losses.items())
-        lines = [f"evaluation at step {step}: {loss:.4f} nats a label token" for step, loss in evaluated]
+        evaluated = sorted(task.source.state.evaluations.items())
+        lines = [
+            f"evaluation at step {step}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}"
+            for step, metrics in evaluated
+        ]
     if report.losses is not None:
         losses = report.losses
         lines += [

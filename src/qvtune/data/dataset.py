@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from qvtune.config.schema import DataSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow, pack
-from qvtune.data.rows import BadRowError, BadRows, file_sha256, read_rows
-from qvtune.data.tokenize import FIXED_DATE, tokenize_row
+from qvtune.data.rows import BadRowError, BadRows, Row, file_sha256, read_rows
+from qvtune.data.tokenize import FIXED_DATE, Document
 from qvtune.errors import UserError
 from qvtune.storage.folder import new_folder
 
@@ -54,11 +54,21 @@ class TokenRows:
         return PackedRow(*(row.column(name)[0].values.to_numpy() for name in LISTS))
 
 
+class RowTokenizer(Protocol):
+    """What makes tokens and labels of a row: a task. ``name`` is part of the cache's key."""
+
+    name: str
+
+    def tokenize(self, row: Row, tokenizer: Any, max_length: int) -> Document | None:
+        """As ``qvtune.data.tokenize.tokenize_row``."""
+
+
 def build_token_rows(
     path: Path,
     setting: str,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
+    task: RowTokenizer,
     cache_dir: Path,
     between_rows: Callable[[], None] = lambda: None,
 ) -> TokenRows:
@@ -67,9 +77,9 @@ def build_token_rows(
     ``setting`` names the file in messages (``data.train``, ``data.eval``). Raises UserError for a file, rows or a
     tokenizer that cannot be used, and what ``between_rows`` raises; then nothing is left in the cache.
     """
-    folder = cache_dir / _fingerprint(path, setting, config, tokenizer)
+    folder = cache_dir / _fingerprint(path, setting, config, tokenizer, task.name)
     if not folder.is_dir():
-        documents, counts = _tokenize_file(path, setting, config, tokenizer, between_rows)
+        documents, counts = _tokenize_file(path, setting, config, tokenizer, task, between_rows)
         lengths = [len(document) for document, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with new_folder(folder) as private:
@@ -86,6 +96,7 @@ def _tokenize_file(
     setting: str,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
+    task: RowTokenizer,
     between_rows: Callable[[], None],
 ) -> tuple[list[IdsAndLabels], dict[str, int]]:
     rows, num_skipped = read_rows(path, config.format, config.on_bad_row, setting, between_rows)
@@ -95,7 +106,7 @@ def _tokenize_file(
     for row in rows:
         between_rows()
         try:
-            document = tokenize_row(row, tokenizer, config.max_length)
+            document = task.tokenize(row, tokenizer, config.max_length)
         except BadRowError as reason:
             refused.add(row.line, reason)
             continue
@@ -142,10 +153,11 @@ def _write_rows(
         writer.finalize()
 
 
-def _fingerprint(path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint(path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
     """Hash all that decides the content of the rows."""
     parts = {
         "version": CACHE_VERSION,
+        "task": task,
         "template_date": FIXED_DATE,
         "file": file_sha256(path, setting),
         "tokenizer": _tokenizer_definition(tokenizer),

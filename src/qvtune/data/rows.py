@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,19 @@ class BadRows:
 
 
 def read_rows(
-    path: Path, format: str, on_bad_row: str, setting: str, between_rows: Callable[[], None] = lambda: None
+    path: Path,
+    format: str,
+    on_bad_row: str,
+    setting: str,
+    between_rows: Callable[[], None] = lambda: None,
+    max_rows: int | None = None,
 ) -> tuple[list[Row], int]:
     """Return the rows of a JSONL file (UTF-8, one object a line; blank lines do not count) and how many were skipped.
 
     ``format`` is ``chat`` (``messages`` with role/content, or ``conversations`` with from/value as ShareGPT has them),
     ``prompt_completion`` (both text, or both lists of messages as TRL has them) or ``auto``: as the first good row.
-    Keys that are not needed are ignored. ``setting`` names the file in messages, e.g. ``data.train``.
+    Keys that are not needed are ignored. At most ``max_rows`` rows are read. ``setting`` names the file in messages,
+    e.g. ``data.train``.
 
     Raises UserError with file, line and reason of the first bad rows where ``on_bad_row`` is ``error``,
     and in any case where the file cannot be read or no row is left.
@@ -92,7 +99,7 @@ def read_rows(
     bad = BadRows(path, setting, on_bad_row)
     rows: list[Row] = []
     expected = None if format == "auto" else format
-    for line, raw in _lines(path, setting):
+    for line, raw in islice(_lines(path, setting), max_rows):
         between_rows()
         try:
             value = _parse_object(raw)

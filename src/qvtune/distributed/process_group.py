@@ -165,7 +165,10 @@ def all_gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
 
 
 def all_gather_object(own: Any) -> list[Any]:
-    """The objects of all ranks, in rank order."""
+    """The objects of all ranks, in rank order; of this process alone where there is no process group."""
+    if not dist.is_initialized():
+        assert world_size() == 1, "call start() first"
+        return [own]
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, own)
     return parts

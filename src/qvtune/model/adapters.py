@@ -17,10 +17,13 @@ _TRAINED_NAME = re.compile(
 )
 
 
-def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed: int) -> nn.Module:
+def add_adapters(
+    base: nn.Module, adapter: AdapterSection, base_name: str, seed: int, task_type: str | None = None
+) -> nn.Module:
     """Make the chosen projections trainable, and nothing else: ``base`` in a ``PeftModel`` with factors beside them.
 
     The initial values depend on ``seed`` alone, so all ranks make the same ones. Factors have the base's compute dtype.
+    ``task_type`` is PEFT's, which chooses the class of the PeftModel and is saved; None: the plain one.
     With ``adapter.method: full`` it is ``base`` itself, whose matrices (not their biases) become trainable.
 
     Raises UserError naming every chosen projection that the model does not have.
@@ -44,7 +47,7 @@ def add_adapters(base: nn.Module, adapter: AdapterSection, base_name: str, seed:
                 module.weight.requires_grad_(True)
         return base
     config = LoraConfig(
-        task_type="FEATURE_EXTRACTION" if family.is_encoder else "CAUSAL_LM",
+        task_type=task_type,
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; its annotation says int
         lora_dropout=adapter.dropout,

@@ -59,10 +59,15 @@ def _obstacle(name: str, dtype: torch.dtype) -> str | None:
     return None if available else f"is not installed: {_HOW_TO_GET[name]}"
 
 
-def choose_dtype(setting: str) -> tuple[torch.dtype, str]:
-    """The compute dtype, and the reason for the log."""
+def choose_dtype(setting: str, on_gpus: bool | None = None) -> tuple[torch.dtype, str]:
+    """The compute dtype, and the reason for the log.
+
+    ``on_gpus`` says where a run will compute that is not on this machine (None); its GPUs are taken to have bfloat16.
+    """
     if setting != "auto":
         return getattr(torch, setting), "as configured"
+    if on_gpus is not None:
+        return (torch.bfloat16, "on GPUs") if on_gpus else (torch.float32, "on CPUs")
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU computes in it"
     return torch.float32, "no GPU with bfloat16; on a CPU float32 is exact and runs everywhere at full speed"

@@ -20,10 +20,11 @@ from qvtune.doctor import storage
 from qvtune.doctor.findings import Finding
 from qvtune.doctor.needs import needs_of, open_folder
 from qvtune.doctor.software import check_versions, requirements
-from qvtune.errors import UserError
+from qvtune.errors import Problems, UserError
+from qvtune.model.attention import choose_dtype
 from qvtune.storage.files import write_json
 from qvtune.submit.batch import run_dir_of_job
-from qvtune.train.prepare import check_recipe, dtype_there
+from qvtune.train.preflight import preflight
 from qvtune.versions import repository
 
 _CODE = ("launch", "src", "slurm", "ds_configs")
@@ -58,19 +59,17 @@ def submit(request: Request) -> None:
 
     Raises UserError with all that is wrong; the run folder is then as it was.
     """
-    problems = _request_problems(request)
-    run: RunConfig | None = None
-    try:
-        run_dir_of_job(request.config, request.overrides)
-        run = load_config(request.config, request.overrides)
-        # ranks that are one for each GPU, or none of whom has one
+    problems = Problems(_request_problems(request))
+    run = problems.attempt(lambda: load_config(request.config, request.overrides))
+    problems.attempt(lambda: run_dir_of_job(request.config, request.overrides))
+    if run is not None:
+        world_size = max(1, request.world_size)
+        # one rank for each GPU, or ranks on CPUs alone
         on_gpus = request.gpus_per_node > 0 and request.procs_per_node in (None, request.gpus_per_node)
-        check_recipe(run, max(1, request.world_size), on_gpus)
-    except UserError as error:
-        problems += error.problems
-    if problems or run is None:
-        raise UserError(problems)
-    _preflight(run, request.world_size, on_gpus)
+        problems.attempt(lambda: preflight(run, world_size, on_gpus=on_gpus))
+        problems.attempt(lambda: _check_this_machine(run, world_size, on_gpus))
+    problems.raise_all()
+    assert run is not None
     run_dir = Path(run.run_dir).absolute()
     frozen = _new_name(run_dir / "submitted")
     command = _command(request, frozen)
@@ -106,10 +105,10 @@ def _request_problems(request: Request) -> list[str]:
     return problems
 
 
-def _preflight(run: RunConfig, world_size: int, on_gpus: bool) -> None:
+def _check_this_machine(run: RunConfig, world_size: int, on_gpus: bool) -> None:
     """The doctor's checks that a login node can make. Raises UserError with what failed."""
     weights = open_folder(run)
-    dtype = dtype_there(run, on_gpus)
+    dtype, _ = choose_dtype(run.model.dtype, on_gpus)
     checkpoint = 0 if weights is None else needs_of(run, weights, world_size, dtype).checkpoint
     probes = storage.probe_folder(Path(run.run_dir), f"submit-{os.getpid()}")
     try:

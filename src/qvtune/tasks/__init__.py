@@ -1,0 +1,13 @@
+"""What is trained for: everything that differs between tasks, and nothing else. Each module here is one task."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # tasks import torch; a configuration is checked without it
+    from qvtune.tasks.task import Task
+
+
+def get_task(name: str) -> "Task":
+    """The task that ``task: NAME`` of a recipe means: ``TASK`` of the module of that name."""
+    task: Task = import_module(f"{__name__}.{name}").TASK
+    return task

@@ -1,17 +1,68 @@
-"""The module that DeepSpeed runs: a batch in, the summed cross entropy of its label tokens out.
+"""Causal language modelling: predict the next token of the answers.
 
 Shape suffixes: B rows, T positions, N label positions of the batch, D hidden size, V vocabulary.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from qvtune.data.batch import Batch
+from qvtune.data import IGNORE_INDEX
+from qvtune.data.batch import Batch, collate
+from qvtune.data.packing import PackedRow
+from qvtune.data.rows import Row
+from qvtune.data.tokenize import Document, tokenize_row
+from qvtune.distributed import process_group
 from qvtune.model.adapters import transformers_model
+from qvtune.model.families import FAMILIES
+from qvtune.tasks.task import Task
 
-_CHUNK_LOGITS = 2**25  # logits that exist at a time: 128 MiB in fp32
+_CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
+
+
+class CausalLM(Task):
+    """Cross entropy of the label tokens; the best checkpoint is the one with the lowest evaluation loss."""
+
+    name = "causal_lm"
+    peft_task_type = "CAUSAL_LM"
+    metric = "loss"
+    higher_is_better = False
+
+    def model_problems(self, config: Any) -> list[str]:
+        """An encoder's tokens attend to those after them, so there is nothing to predict."""
+        if not FAMILIES[config.model_type].is_encoder:
+            return []
+        decoders = [name for name, family in FAMILIES.items() if not family.is_encoder]
+        return [
+            f"task: {self.name} predicts the next token, and model_type {config.model_type!r} is an encoder, whose "
+            f"tokens attend to those after them; give a decoder ({', '.join(decoders)}) in model.name_or_path"
+        ]
+
+    def tokenize(self, row: Row, tokenizer: Any, max_length: int) -> Document | None:
+        """Labels on the assistant's turns, or on the completion."""
+        return tokenize_row(row, tokenizer, max_length)
+
+    def collate(self, rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
+        """Labels shifted by one: position t predicts the token at t + 1."""
+        return collate(rows, pad_token_id)
+
+    def objective(self, model: nn.Module) -> nn.Module:
+        """Decoder, chunked output head and cross entropy."""
+        return CausalLMObjective(model)
+
+    def evaluate(self, engine: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """``loss``: mean cross entropy over all label tokens, nats per label token."""
+        loss_sum, num_labels = 0.0, 0
+        for batch in batches:
+            num_labels += batch.num_label_tokens
+            loss_sum += engine(batch.to(engine.device)).item()
+        loss_sum, total_labels = process_group.sum_over_ranks(loss_sum, num_labels)
+        return {"loss": loss_sum / total_labels}
+
+
+TASK = CausalLM()
 
 
 class CausalLMObjective(nn.Module):
@@ -40,7 +91,7 @@ class CausalLMObjective(nn.Module):
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
         ).last_hidden_state
-        at_label = batch.labels != -100
+        at_label = batch.labels != IGNORE_INDEX
         loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label])
         return loss
 

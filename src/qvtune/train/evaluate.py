@@ -1,38 +1,43 @@
-"""The evaluation loss."""
+"""Evaluation: the task's metrics over all rows, on all ranks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from qvtune.data.batch import collate, empty_batch
+from qvtune.data.batch import Batch, empty_batch
 from qvtune.data.dataset import TokenRows
 from qvtune.distributed import process_group
+from qvtune.tasks.task import Task
 
 
 @torch.no_grad()
 def evaluate(
     engine: Any,
+    task: Task,
     rows: TokenRows,
     micro_batch_size: int,
     pad_token_id: int,
-    between_batches: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """Mean cross entropy over all label tokens of ``rows`` (nats), and the seconds it took; collective.
+    before_batch: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, float], float]:
+    """The task's metrics over ``rows``, and the seconds it took; collective.
 
-    Every rank runs the same number of forward passes, as ZeRO-3's gathers need; one that has no rows left runs an
-    empty batch. ``between_batches`` is called equally often on all ranks.
+    ``before_batch`` is called equally often on all ranks.
     """
     started = time.monotonic()
     engine.eval()
-    loss_sum = 0.0
-    for start in range(0, len(rows), micro_batch_size * process_group.world_size()):
-        between_batches()
-        first = start + process_group.rank() * micro_batch_size
-        mine = [rows[index] for index in range(first, min(first + micro_batch_size, len(rows)))]
-        batch = collate(mine, pad_token_id) if mine else empty_batch(pad_token_id)
-        loss_sum += engine(batch.to(engine.device)).item()
+    metrics = task.evaluate(engine, _own_batches(task, rows, micro_batch_size, pad_token_id, before_batch))
     engine.train()
-    total = process_group.sum_over_ranks(loss_sum)[0]
-    return total / int(rows.num_label_tokens.sum()), time.monotonic() - started
+    return metrics, time.monotonic() - started
+
+
+def _own_batches(
+    task: Task, rows: TokenRows, micro_batch_size: int, pad_token_id: int, before_batch: Callable[[], None]
+) -> Iterator[Batch]:
+    """This rank's batches, equally many on every rank, as ZeRO-3's gathers need: without rows left, an empty one."""
+    for start in range(0, len(rows), micro_batch_size * process_group.world_size()):
+        before_batch()
+        first = start + process_group.rank() * micro_batch_size
+        own = [rows[index] for index in range(first, min(first + micro_batch_size, len(rows)))]
+        yield task.collate(own, pad_token_id) if own else empty_batch(pad_token_id)

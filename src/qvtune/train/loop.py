@@ -11,7 +11,7 @@ from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
-from qvtune.data.batch import Batch, collate
+from qvtune.data.batch import Batch
 from qvtune.data.order import rows_of_step
 from qvtune.distributed import process_group
 from qvtune.distributed.stop import StopRequest
@@ -144,7 +144,7 @@ def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
     rows, size, world_size = run.plan.rows, config.train.micro_batch_size, process_group.world_size()
     row_ids = rows_of_step(step, config.train.global_batch_size, len(rows), config.train.seed)
     for start in range(process_group.rank() * size, len(row_ids), world_size * size):
-        batch = collate([rows[int(row)] for row in row_ids[start : start + size]], run.plan.pad_token_id)
+        batch = run.plan.task.collate([rows[int(row)] for row in row_ids[start : start + size]], run.plan.pad_token_id)
         yield batch.to(run.engine.device)
 
 
@@ -152,15 +152,24 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     """Before training, after it, and every so often; also after a resume where a request to stop came in between."""
     state, rows = run.state, run.plan.eval_rows
     is_due = state.step in (0, run.plan.max_steps) or _due(state.step, config.train.eval_every)
-    if rows is None or not is_due or state.step in state.eval_losses:
+    if rows is None or not is_due or state.step in state.evaluations:
         return
-    loss, seconds = evaluate(run.engine, rows, config.train.micro_batch_size, run.plan.pad_token_id, stop.poll)
-    state.eval_losses[state.step] = loss
-    display.say(f"step {state.step}: evaluation loss {loss:.4f} ({seconds:.1f} s)")
-    record("eval", step=state.step, loss=loss, seconds=seconds)
+    plan, micro_batch_size = run.plan, config.train.micro_batch_size
+    metrics, seconds = evaluate(run.engine, plan.task, rows, micro_batch_size, plan.pad_token_id, stop.poll)
+    state.evaluations[state.step] = metrics
+    values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    display.say(f"step {state.step}: evaluation {values} ({seconds:.1f} s)")
+    record("eval", step=state.step, **metrics, seconds=seconds)
     if run.owner is not None:
         with run.owner.writing() as workspace:
-            checkpoint_folder.mark_best(run.run_dir / "checkpoints", state.eval_losses, workspace)
+            _mark_best(run, workspace)
+
+
+def _mark_best(run: Run, workspace: Path) -> None:
+    """``checkpoints/best`` follows the metric of the task."""
+    task = run.plan.task
+    values = {step: metrics[task.metric] for step, metrics in run.state.evaluations.items()}
+    checkpoint_folder.mark_best(run.run_dir / "checkpoints", values, task.higher_is_better, workspace)
 
 
 def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
@@ -178,7 +187,7 @@ def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> 
                 lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint),
                 workspace,
             )
-            checkpoint_folder.mark_best(checkpoints, run.state.eval_losses, workspace)
+            _mark_best(run, workspace)
             checkpoint_folder.prune(checkpoints, config.checkpoint.keep, workspace)
     process_group.barrier()
     seconds = time.monotonic() - started

@@ -11,7 +11,7 @@ from qvtune.errors import UserError
 from qvtune.storage.paths import cache_dir
 
 if TYPE_CHECKING:
-    from qvtune.config.schema import DataSection
+    from qvtune.config.schema import RunConfig
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -53,43 +53,44 @@ def evaluation_rows(tokenizer: Any, checkpoint: Path | None, num_rows: int | Non
     Raises UserError where rows are asked for and cannot be had.
     """
     config_file = checkpoint.parent.parent / "config.yaml" if checkpoint else Path("config.yaml of a run")
-    data = _data_section(config_file) if checkpoint else None
-    file = _evaluation_file(data)
-    if data is None or file is None:
+    run = _run_config(config_file) if checkpoint else None
+    file = _evaluation_file(run)
+    if run is None or file is None:
         if num_rows:
             raise UserError(
                 f"--proof-rows {num_rows}: needs {config_file} with a data.eval that is still there; leave the option "
                 "out to compare on the fixed prompts alone"
             )
         return []
-    return list(islice(_documents(tokenizer, file, data), _DEFAULT_ROWS if num_rows is None else num_rows))
+    return list(islice(_documents(tokenizer, file, run), _DEFAULT_ROWS if num_rows is None else num_rows))
 
 
-def _data_section(config_file: Path) -> "DataSection | None":
+def _run_config(config_file: Path) -> "RunConfig | None":
     if not config_file.is_file():
         return None
     from qvtune.config.load import load_config
 
-    return load_config(config_file).data
+    return load_config(config_file)
 
 
-def _evaluation_file(data: "DataSection | None") -> Path | None:
+def _evaluation_file(run: "RunConfig | None") -> Path | None:
     """``data.eval`` where it is set and there; relative to the current folder, as training reads it."""
-    if data is None or data.eval is None:
+    if run is None or run.data.eval is None:
         return None
-    if data.eval == "demo":
+    if run.data.eval == "demo":
         from qvtune.embedded.data import demo_files
 
         return demo_files(cache_dir())[1]
-    return Path(data.eval) if Path(data.eval).is_file() else None
+    return Path(run.data.eval) if Path(run.data.eval).is_file() else None
 
 
-def _documents(tokenizer: Any, file: Path, data: "DataSection") -> Iterator[Text]:
+def _documents(tokenizer: Any, file: Path, run: "RunConfig") -> Iterator[Text]:
     import numpy as np
 
     from qvtune.data.dataset import build_token_rows
+    from qvtune.tasks import get_task
 
-    rows = build_token_rows(file, "data.eval", data, tokenizer, cache_dir() / "tokens")
+    rows = build_token_rows(file, "data.eval", run.data, tokenizer, get_task(run.task), cache_dir() / "tokens")
     for row in map(rows.__getitem__, range(len(rows))):
         ends = np.cumsum(row.document_lengths)[:-1]
         for ids, labels in zip(np.split(row.input_ids, ends), np.split(row.labels, ends), strict=True):

@@ -1,0 +1,58 @@
+"""The interface of a task. Nobody outside this package asks which task a run has; they call these."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from qvtune.data.batch import Batch
+from qvtune.data.packing import PackedRow
+from qvtune.data.rows import Row
+from qvtune.data.tokenize import Document
+
+
+class Task(Protocol):
+    """All that differs between tasks.
+
+    Attributes:
+        name: as in ``task: NAME`` of a recipe, and of the module that defines the task.
+        peft_task_type: PEFT's TaskType, which is saved in adapter_config.json.
+        metric: the key of ``evaluate`` that decides which checkpoint is the best.
+        higher_is_better: whether a larger value of ``metric`` is better.
+    """
+
+    name: str
+    peft_task_type: str
+    metric: str
+    higher_is_better: bool
+
+    @abstractmethod
+    def model_problems(self, config: Any) -> list[str]:
+        """Why a model of this transformers configuration cannot be trained for the task; empty when it can."""
+
+    @abstractmethod
+    def tokenize(self, row: Row, tokenizer: Any, max_length: int) -> Document | None:
+        """Tokens of a row and their labels; None where nothing within ``max_length`` tokens has a label.
+
+        Raises BadRowError for a row that cannot be used, UserError where tokenizer and rows do not go together.
+        """
+
+    @abstractmethod
+    def collate(self, rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
+        """Packed rows -> one micro-batch, whose ``labels[b, t]`` is what position t has to predict."""
+
+    @abstractmethod
+    def objective(self, model: nn.Module) -> nn.Module:
+        """The module that DeepSpeed runs, around the model with its adapters: Batch -> loss.
+
+        The loss is an fp32 scalar, summed over the positions with a label; the loop divides it by their number over all
+        micro-batches and ranks.
+        """
+
+    @abstractmethod
+    def evaluate(self, engine: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """Metric name -> value over the batches of all ranks; ``loss`` is always among them. Collective.
+
+        ``batches`` are those of this rank, equally many on every rank (the last may have no labels).
+        """

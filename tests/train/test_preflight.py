@@ -1,0 +1,126 @@
+"""What is refused before anything is loaded or written: everything that is wrong, in one message."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qvtune.config.schema import RunConfig
+from qvtune.distributed.stop import StopRequest
+from qvtune.errors import UserError
+from qvtune.storage.paths import cache_dir
+from qvtune.train.preflight import find_problems, preflight
+from qvtune.train.prepare import prepare
+from tests.support.tiny import ENCODERS, make_model_folder
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, llama_folder: Path) -> MakeConfig:
+    """A run that can start, in ``tmp_path``; ``changes`` are written ``section__key=value``."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "what", "completion": " it does"}) + "\n")
+
+    def make(**changes: Any) -> RunConfig:
+        config: dict[str, Any] = {
+            "model": {"name_or_path": str(llama_folder)},
+            "optimizer": {},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 32},
+            "train": {"max_steps": 1, "global_batch_size": 2},
+            "run_dir": str(tmp_path / "run"),
+        }
+        for path, value in changes.items():
+            section, _, key = path.rpartition("__")
+            (config[section] if section else config)[key] = value
+        return RunConfig.model_validate(config)
+
+    return make
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_language_model_is_no_encoder(tmp_path: Path, make_config: MakeConfig, family: str) -> None:
+    folder = make_model_folder(tmp_path / family, family)
+    with pytest.raises(
+        UserError, match=r"task: causal_lm .* is an encoder.*llama.*gemma3_text\) in model\.name_or_path"
+    ):
+        prepare(make_config(model__name_or_path=str(folder)), StopRequest())
+    assert not (tmp_path / "run").exists()
+
+
+def all_wrong(make_config: MakeConfig, tmp_path: Path) -> RunConfig:
+    """Settings, model and data: a problem of each kind, and two of some."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "what"\n')
+    return make_config(
+        deepspeed="zero9.json",
+        model__attention="flash_attention_2",
+        optimizer__lr_multipliers={"k": 2.0},
+        checkpoint={"resume": "always"},
+        data__eval=str(tmp_path / "none.jsonl"),
+    )
+
+
+EXPECTED = (
+    "`deepspeed` is 'zero9.json'",
+    "checkpoint.resume: always",
+    "optimizer.lr_multipliers: 'k' decides for no trained parameter",
+    "rows.jsonl:1: not JSON",
+    "data.eval: cannot read",
+)
+
+
+def test_all_problems_of_settings_model_and_data_are_one_message(tmp_path: Path, make_config: MakeConfig) -> None:
+    """For a run on this machine: its devices are looked at as well."""
+    if torch.cuda.is_available():
+        pytest.skip("flash attention may run on a machine with a GPU; run on one without")
+    with pytest.raises(UserError) as raised:
+        preflight(all_wrong(make_config, tmp_path), world_size=1)
+    expected = (*EXPECTED, "flash_attention_2 needs a CUDA device")
+    assert [part for part in expected if not any(part in problem for problem in raised.value.problems)] == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("on_gpus", [True, False])
+def test_for_another_machine_its_devices_are_not_looked_at(
+    tmp_path: Path, make_config: MakeConfig, on_gpus: bool
+) -> None:
+    with pytest.raises(UserError) as raised:
+        preflight(all_wrong(make_config, tmp_path), world_size=1, on_gpus=on_gpus)
+    assert [part for part in EXPECTED if not any(part in problem for problem in raised.value.problems)] == []
+    assert "flash_attention_2" not in str(raised.value)
+
+
+def test_rows_are_checked_where_the_model_is_not_there(tmp_path: Path, make_config: MakeConfig) -> None:
+    config = all_wrong(make_config, tmp_path).model_copy(
+        update={"model": make_config().model.model_copy(update={"name_or_path": str(tmp_path / "nothing")})}
+    )
+    with pytest.raises(UserError) as raised:
+        preflight(config, world_size=1, on_gpus=False)
+    expected = ("model.name_or_path: ", "rows.jsonl:1: not JSON", "data.eval: cannot read")
+    assert [part for part in expected if not any(part in problem for problem in raised.value.problems)] == []
+
+
+def test_a_run_that_can_start_is_planned(make_config: MakeConfig) -> None:
+    plan = preflight(make_config(), world_size=2, on_gpus=True)
+    assert (plan.task.name, plan.dtype, plan.max_steps, len(plan.rows)) == ("causal_lm", torch.bfloat16, 1, 1)
+    assert plan.deepspeed_config["gradient_accumulation_steps"] == 1
+    assert plan.deepspeed_config["zero_optimization"]["stage3_max_live_parameters"] > 0
+
+
+def test_problems_are_found_without_tokenizing(tmp_path: Path, make_config: MakeConfig) -> None:
+    before = set(cache_dir().rglob("*"))
+    assert find_problems(make_config(), world_size=1, on_gpus=False) == []
+    found = find_problems(all_wrong(make_config, tmp_path), world_size=1, on_gpus=False)
+    assert [part for part in EXPECTED if not any(part in problem for problem in found)] == []
+    assert set(cache_dir().rglob("*")) == before
