@@ -1,6 +1,7 @@
 """What is shown to the person who typed the command, as opposed to a defect of the program."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,14 +12,28 @@ class UserError(Exception):
     """Something a person can put right: shown without a traceback, exit code 2.
 
     ``problems`` are complete sentences that say what was found, what is allowed and where to change it;
-    all problems of one kind are reported together.
+    all problems of one kind are reported together. ``setting`` (``data.train``, ``--output``) is where the person wrote
+    what led to them: each problem starts with it. Code that does not know it leaves it out, see ``naming_setting``.
     """
 
     exit_code = 2
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+    def __init__(self, problems: str | Sequence[str], setting: str | None = None) -> None:
+        found = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.setting = setting
+        self.problems: tuple[str, ...] = found if setting is None else tuple(f"{setting}: {one}" for one in found)
         super().__init__("\n".join(self.problems))
+
+
+@contextmanager
+def naming_setting(setting: str) -> Iterator[None]:
+    """Inside the block, a UserError that names no setting is raised as one that names this one."""
+    try:
+        yield
+    except UserError as error:
+        if error.setting is not None:
+            raise
+        raise type(error)(error.problems, setting) from error
 
 
 @dataclass

@@ -24,7 +24,7 @@ PAIRS = [{"prompt": "hello", "completion": " world" * count} for count in (3, 1,
 def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., TokenRows]:
     def build_rows(path: Path, **settings: Any) -> TokenRows:
         config = DataSection.model_validate({"max_length": 16, **settings})
-        return build_token_rows(path, "data.train", config, tokenizer, TASK, tmp_path / "cache")
+        return build_token_rows(path, config, tokenizer, TASK, tmp_path / "cache")
 
     return build_rows
 

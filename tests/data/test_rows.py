@@ -17,7 +17,7 @@ WriteJsonl = Callable[..., Path]
 
 
 def read(path: Path, format: str = "auto", on_bad_row: str = "error") -> tuple[list[Any], int]:
-    return read_rows(path, format, on_bad_row, "data.train")
+    return read_rows(path, format, on_bad_row)
 
 
 def problems_of(path: Path, **settings: str) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(row: Any, reason: str, write
     path = write_jsonl("", row, CHAT)
     problem, advice = problems_of(path)
     assert problem.startswith(f"{path}:2: {reason}")
-    assert advice == "1 rows are good; data.on_bad_row=skip leaves the bad ones out."
+    assert advice == "1 rows are good; data.on_bad_row=skip skips the bad ones."
     rows, num_skipped = read(path, on_bad_row="skip")
     assert (rows, num_skipped) == ([ChatRow(3, (QUESTION, ANSWER))], 1)
 
@@ -112,29 +112,25 @@ def test_the_first_ten_of_many_bad_rows_are_listed(write_jsonl: WriteJsonl) -> N
     path = write_jsonl(CHAT, *["x"] * 13)
     problems = problems_of(path)
     assert [problem.split(": ")[0] for problem in problems[:10]] == [f"{path}:{line}" for line in range(2, 12)]
-    assert problems[10:] == (
-        "3 more bad rows in the file. 1 rows are good; data.on_bad_row=skip leaves the bad ones out.",
-    )
+    assert problems[10:] == ("3 more bad rows in the file. 1 rows are good; data.on_bad_row=skip skips the bad ones.",)
 
 
 def test_skipping_every_row_is_an_error(write_jsonl: WriteJsonl) -> None:
-    assert problems_of(write_jsonl("x"), on_bad_row="skip")[-1] == "No row of data.train is good."
+    assert problems_of(write_jsonl("x"), on_bad_row="skip")[-1] == "No row is good."
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_a_file_without_rows(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
-    assert problems_of(path, on_bad_row="skip") == (
-        f"data.train: {path} has no rows; it must hold one JSON object a line.",
-    )
+    assert problems_of(path, on_bad_row="skip") == (f"{path} has no rows; it must hold one JSON object per line.",)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("missing.jsonl", "No such file"), ("", "Is a directory")])
-@pytest.mark.parametrize("function", [read, lambda path: file_sha256(path, "data.train")])
+@pytest.mark.parametrize("function", [read, file_sha256])
 def test_a_file_that_cannot_be_read(name: str, reason: str, function: Any, tmp_path: Path) -> None:
     path = tmp_path / name
-    with pytest.raises(UserError, match=f"^data.train: cannot read {re.escape(str(path))}: {reason}"):
+    with pytest.raises(UserError, match=f"^cannot read {re.escape(str(path))}: {reason}"):
         function(path)
 
 
@@ -142,4 +138,4 @@ def test_file_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert file_sha256(tmp_path / "abc", "data.train") == expected
+    assert file_sha256(tmp_path / "abc") == expected

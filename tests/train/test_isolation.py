@@ -39,14 +39,14 @@ class LeakingModel(nn.Module):
 def test_isolated_documents_pass(make_objective: MakeObjective) -> None:
     engine = make_objective().train()
     line = check_isolation(engine, collate([make_row(9, 14, 6)], 0), torch.float32)
-    assert line.startswith("packing: loss of packed and of separate documents differs by ")
+    assert line.startswith("packing: losses of packed and of separate documents differ by ")
     assert engine.training, "training goes on"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_leaking_attention_stops_the_run(make_objective: MakeObjective, dtype: torch.dtype) -> None:
     engine = LeakingModel(make_objective())
-    with pytest.raises(RuntimeError, match=r"the attention lets documents see each other.*data\.packing: false"):
+    with pytest.raises(RuntimeError, match=r"the attention lets documents attend to each other.*data\.packing: false"):
         check_isolation(engine, collate([make_row(9, 14, 6)], 0), dtype)
 
 

@@ -1,4 +1,4 @@
-"""Packed rows -> tensors. B: rows of the micro-batch, T: tokens a row."""
+"""Packed rows -> tensors. B: rows of the micro-batch, T: tokens per row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import torch
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow
 
-LENGTH_MULTIPLE = 8  # of T: matrix units work on tiles, and fewer distinct shapes fragment the memory less
+LENGTH_MULTIPLE = 8  # of T: matrix units compute in tiles, and fewer distinct shapes fragment memory less
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: [B, T] int64 tensors, and where documents begin for kernels of variable length.
+    """A micro-batch: [B, T] int64 tensors, and the document borders for attention kernels of variable length.
 
     ``labels[b, t]`` is the id that position t must predict, IGNORE_INDEX at a document's last token and wherever there
     is no loss: the loss does not shift. ``position_ids`` count from 0 in each document. ``cu_seqlens`` [documents + 1]
@@ -32,7 +32,7 @@ class Batch:
 
     @property
     def num_label_tokens(self) -> int:
-        """Positions that have a loss. Waits for the device."""
+        """Positions that have a label. Waits for the device."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str) -> Self:
@@ -47,7 +47,7 @@ class Batch:
 
 
 def collate(rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
-    """Stack rows, padded at the right to the longest of them rounded up to LENGTH_MULTIPLE."""
+    """Stack rows, padded at the right to the length of the longest, rounded up to LENGTH_MULTIPLE."""
     length = _round_up(max(len(row.input_ids) for row in rows))
     input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
@@ -65,9 +65,9 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
 
 
 def separate(batch: Batch) -> Batch:
-    """Return the same documents, one a row: what packing must not change the loss of.
+    """Return the same documents, one per row: packing must not change their loss.
 
-    Documents without a label, such as padding, are left out: they have no loss. Padded with token 0.
+    Documents without a label, such as padding, are dropped: they have no loss. Padded with token 0.
     """
     bounds = batch.cu_seqlens.tolist()
     ids, labels = batch.input_ids.flatten().cpu().numpy(), batch.labels.flatten().cpu().numpy()
@@ -85,7 +85,7 @@ def separate(batch: Batch) -> Batch:
 
 
 def empty_batch(pad_token_id: int) -> Batch:
-    """Return one row of padding, for a rank that has no rows left while others still need its part of the model."""
+    """Return one row of padding, for a rank without rows whose part of the model the other ranks still need."""
     input_ids = np.full((1, LENGTH_MULTIPLE), pad_token_id, dtype=np.int64)
     return _with_segments(input_ids, np.full_like(input_ids, IGNORE_INDEX), [LENGTH_MULTIPLE])
 

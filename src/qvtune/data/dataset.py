@@ -1,4 +1,4 @@
-"""Tokenized and packed rows on disk: made once, then memory-mapped by every process."""
+"""Tokenized and packed rows on disk: written once, then memory-mapped by every process."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from qvtune.data.tokenize import FIXED_DATE, Document
 from qvtune.errors import UserError
 from qvtune.storage.folder import new_folder
 
-CACHE_VERSION = 1  # raise it whenever the same rows would give other tokens, labels or columns
+CACHE_VERSION = 1  # increment it when the same rows would give other tokens, labels or columns
 ROWS_FILE, COUNTS_FILE = "rows.arrow", "counts.json"
 LISTS = ("input_ids", "labels", "document_lengths")
 FEATURES = Features(
@@ -29,11 +29,14 @@ FEATURES = Features(
 
 
 class TokenRows:
-    """Read-only packed rows, memory-mapped from ``folder``; only the per-row counts are held in memory.
+    """Read-only packed rows, memory-mapped from ``folder``; only the counts per row are in memory.
 
-    ``num_tokens`` and ``num_label_tokens`` are [rows] int64. Over all rows: ``num_documents`` are in them,
-    ``num_skipped`` bad rows of the file were left out, ``num_dropped`` documents had no label within max_length and are
-    not in them, ``num_truncated`` are in them with their end cut off.
+    Attributes:
+        num_tokens, num_label_tokens: of each row, [rows] int64.
+        num_documents: documents in all rows.
+        num_truncated: documents that were truncated to max_length.
+        num_dropped: documents that were dropped because they have no label within max_length.
+        num_skipped: bad rows of the file that were skipped.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +68,6 @@ class RowTokenizer(Protocol):
 
 def build_token_rows(
     path: Path,
-    setting: str,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     task: RowTokenizer,
@@ -74,12 +76,12 @@ def build_token_rows(
 ) -> TokenRows:
     """Return the rows of a JSONL file, from ``cache_dir`` if the same file was tokenized in the same way before.
 
-    ``setting`` names the file in messages (``data.train``, ``data.eval``). Raises UserError for a file, rows or a
-    tokenizer that cannot be used, and what ``between_rows`` raises; then nothing is left in the cache.
+    Raises UserError for a file, rows or a tokenizer that cannot be used, and whatever ``between_rows`` raises; then the
+    cache is unchanged.
     """
-    folder = cache_dir / _fingerprint(path, setting, config, tokenizer, task.name)
+    folder = cache_dir / _fingerprint(path, config, tokenizer, task.name)
     if not folder.is_dir():
-        documents, counts = _tokenize_file(path, setting, config, tokenizer, task, between_rows)
+        documents, counts = _tokenize_file(path, config, tokenizer, task, between_rows)
         lengths = [len(document) for document, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with new_folder(folder) as private:
@@ -93,14 +95,13 @@ IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 def _tokenize_file(
     path: Path,
-    setting: str,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     task: RowTokenizer,
     between_rows: Callable[[], None],
 ) -> tuple[list[IdsAndLabels], dict[str, int]]:
-    rows, num_skipped = read_rows(path, config.format, config.on_bad_row, setting, between_rows)
-    refused = BadRows(path, setting, config.on_bad_row)
+    rows, num_skipped = read_rows(path, config.format, config.on_bad_row, between_rows)
+    refused = BadRows(path, config.on_bad_row)
     documents: list[IdsAndLabels] = []
     num_dropped = num_truncated = 0
     for row in rows:
@@ -118,8 +119,8 @@ def _tokenize_file(
     refused.check(len(rows) - refused.count)
     if not documents:
         raise UserError(
-            f"{setting}: no row of {path} has anything to learn within its first data.max_length={config.max_length} "
-            "tokens. Raise data.max_length."
+            f"no row of {path} has a label within its first data.max_length={config.max_length} tokens. Raise "
+            "data.max_length."
         )
     counts = {
         "num_documents": len(documents),
@@ -153,13 +154,13 @@ def _write_rows(
         writer.finalize()
 
 
-def _fingerprint(path: Path, setting: str, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
-    """Hash all that decides the content of the rows."""
+def _fingerprint(path: Path, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
+    """Hash of everything that determines the content of the rows."""
     parts = {
         "version": CACHE_VERSION,
         "task": task,
         "template_date": FIXED_DATE,
-        "file": file_sha256(path, setting),
+        "file": file_sha256(path),
         "tokenizer": _tokenizer_definition(tokenizer),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
@@ -172,5 +173,5 @@ def _tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if not tokenizer.is_fast:
         return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by whoever used the tokenizer last; tokenize_row sets its own.
+    # Set by the last call of the tokenizer; tokenize_row sets its own.
     return {key: value for key, value in definition.items() if key not in ("truncation", "padding")}

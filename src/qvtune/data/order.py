@@ -1,4 +1,4 @@
-"""The global order of training rows: a pure function of (seed, epoch), so any step can be reached alone."""
+"""The global order of training rows: a pure function of (seed, epoch), so no step needs those before it."""
 
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the permutation of ``range(num_rows)`` that ``epoch`` visits, read-only.
 
     Sorts random 64-bit keys rather than calling ``Generator.permutation``: NumPy promises stable streams across
-    versions for bit generators only (NEP 19), and a resumed run must see the order that the first one saw.
+    versions for bit generators only (NEP 19), and a resumed run must see the same order.
     """
     assert num_rows > 0
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
@@ -24,7 +24,7 @@ def rows_of_step(step: int, global_batch_size: int, num_rows: int, seed: int) ->
     """Return the ``global_batch_size`` rows of optimizer step ``step`` (from 0), in order.
 
     The epochs' permutations follow each other without a gap; step s takes positions [s*B, (s+1)*B), which may lie in
-    several epochs. Every row is visited once an epoch.
+    several epochs. Every row is visited once per epoch.
     """
     start, stop = step * global_batch_size, (step + 1) * global_batch_size
     pieces = []

@@ -1,4 +1,4 @@
-"""Which documents share a row."""
+"""Packing: which documents share a row."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 class PackedRow:
     """Documents one after another: ``input_ids`` and ``labels`` of [tokens], ``document_lengths`` of [documents].
 
-    ``labels`` are not shifted: labels[t] is input_ids[t] where predicting it is learned, else IGNORE_INDEX, which the
-    first token of a document always is.
+    ``labels`` are not shifted: labels[t] is input_ids[t] where that token has to be predicted, else IGNORE_INDEX; the
+    first token of a document always has IGNORE_INDEX.
     """
 
     input_ids: NDArray[np.int32]

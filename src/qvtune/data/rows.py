@@ -1,4 +1,4 @@
-"""JSONL files -> conversations and prompt/completion pairs, or one message that lists every bad row."""
+"""JSONL files -> conversations and prompt/completion pairs, or one message that lists the bad rows."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ Message = dict[str, str]
 class ChatRow:
     """A conversation; ``messages`` hold ``role`` (one of ROLES) and ``content``.
 
-    Assistant messages from index ``first_reply`` on are learned, those before it are context.
+    Assistant messages from index ``first_reply`` on have labels, those before it are context.
     """
 
     line: int
@@ -33,7 +33,7 @@ class ChatRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """Plain text and its continuation, which alone is learned."""
+    """A prompt without labels and its completion, which has labels."""
 
     line: int
     prompt: str
@@ -44,7 +44,7 @@ Row = ChatRow | TextRow
 
 
 class BadRowError(ValueError):
-    """One row cannot be used; the text is the reason. ``data.on_bad_row`` decides what follows."""
+    """One row cannot be used; the text is the reason. ``data.on_bad_row`` decides whether that is an error."""
 
 
 @dataclass
@@ -52,13 +52,12 @@ class BadRows:
     """What was wrong with the rows of one file."""
 
     path: Path
-    setting: str
     on_bad_row: str
     count: int = 0
     problems: list[str] = field(default_factory=list)
 
     def add(self, line: int, reason: BadRowError) -> None:
-        """Count a row, and remember its line and reason if it is among the first."""
+        """Count a row; line and reason are kept for the first ones."""
         self.count += 1
         if len(self.problems) < MAX_PROBLEMS_SHOWN:
             self.problems.append(f"{self.path}:{line}: {reason}.")
@@ -68,13 +67,13 @@ class BadRows:
         if num_good and (not self.count or self.on_bad_row == "skip"):
             return
         if not self.count:
-            raise UserError(f"{self.setting}: {self.path} has no rows; it must hold one JSON object a line.")
+            raise UserError(f"{self.path} has no rows; it must hold one JSON object per line.")
         num_more = self.count - len(self.problems)
         more = f"{num_more} more bad rows in the file. " if num_more else ""
         if num_good:
-            advice = f"{num_good} rows are good; data.on_bad_row=skip leaves the bad ones out."
+            advice = f"{num_good} rows are good; data.on_bad_row=skip skips the bad ones."
         else:
-            advice = f"No row of {self.setting} is good."
+            advice = "No row is good."
         raise UserError([*self.problems, more + advice])
 
 
@@ -82,24 +81,22 @@ def read_rows(
     path: Path,
     format: str,
     on_bad_row: str,
-    setting: str,
     between_rows: Callable[[], None] = lambda: None,
     max_rows: int | None = None,
 ) -> tuple[list[Row], int]:
-    """Return the rows of a JSONL file (UTF-8, one object a line; blank lines do not count) and how many were skipped.
+    """Return the rows of a JSONL file (UTF-8, one object per line, blank lines ignored) and how many were skipped.
 
     ``format`` is ``chat`` (``messages`` with role/content, or ``conversations`` with from/value as ShareGPT has them),
     ``prompt_completion`` (both text, or both lists of messages as TRL has them) or ``auto``: as the first good row.
-    Keys that are not needed are ignored. At most ``max_rows`` rows are read. ``setting`` names the file in messages,
-    e.g. ``data.train``.
+    Keys that are not needed are ignored. At most ``max_rows`` rows are read.
 
     Raises UserError with file, line and reason of the first bad rows where ``on_bad_row`` is ``error``,
     and in any case where the file cannot be read or no row is left.
     """
-    bad = BadRows(path, setting, on_bad_row)
+    bad = BadRows(path, on_bad_row)
     rows: list[Row] = []
     expected = None if format == "auto" else format
-    for line, raw in islice(_lines(path, setting), max_rows):
+    for line, raw in islice(_lines(path), max_rows):
         between_rows()
         try:
             value = _parse_object(raw)
@@ -112,26 +109,26 @@ def read_rows(
     return rows, bad.count
 
 
-def file_sha256(path: Path, setting: str) -> str:
+def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal; UserError where it cannot be read."""
-    with _open(path, setting) as file:
+    with _open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def _open(path: Path, setting: str) -> Iterator[BufferedReader]:
+def _open(path: Path) -> Iterator[BufferedReader]:
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(
-            f"{setting}: cannot read {path}: {error.strerror}. Give a JSONL file (one JSON object a line) or `demo`."
+            f"cannot read {path}: {error.strerror}. Give a JSONL file (one JSON object per line) or `demo`."
         ) from error
     with file:
         yield file
 
 
-def _lines(path: Path, setting: str) -> Iterator[tuple[int, bytes]]:
-    with _open(path, setting) as file:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with _open(path) as file:
         for line, raw in enumerate(file, start=1):
             if line == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
@@ -244,10 +241,10 @@ def _text(where: str, value: Any) -> str:
 
 def _checked(row: ChatRow) -> ChatRow:
     if row.messages[0]["role"] == "assistant":
-        raise BadRowError("the first message is the assistant's: there is nothing that it answers")
+        raise BadRowError("the first message is the assistant's, but an answer needs a message before it")
     replies = [message for message in row.messages[row.first_reply :] if message["role"] == "assistant"]
     if not replies:
-        raise BadRowError("no message of the assistant to learn from")
+        raise BadRowError("no message of the assistant, so nothing to train on")
     if not all(message["content"].strip() for message in replies):
         raise BadRowError("a message of the assistant is empty")
     return row

@@ -1,4 +1,4 @@
-"""Rows -> token ids and the mask of what is learned: the assistant's words, or the completion."""
+"""Rows -> token ids and labels: the assistant's turns, or the completion."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ class Document:
 
 
 def tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Document | None:
-    """Return the first ``max_length`` tokens of a row with their labels, or None if nothing in them is learned.
+    """Return the first ``max_length`` tokens of a row with their labels, or None if none of them has a label.
 
-    Conversation: rendered by the tokenizer's chat template; learned is all that the model has to write itself after the
-    generation prompt, up to and with the end-of-turn token. Text: tokens(prompt) + tokens(completion) + end of
-    sequence, tokenized apart because the prompt stands alone in use as well; learned is what follows the prompt.
-    Control tokens that are spelled out in a row's text count as such, as in `apply_chat_template`.
+    Conversation: rendered by the tokenizer's chat template; labels are on what the model generates after a generation
+    prompt, including the end-of-turn token. Text: tokens(prompt) + tokens(completion) + end of sequence, tokenized
+    separately, because at inference the prompt is tokenized alone; labels are on what follows the prompt. Special
+    tokens that are spelled out in a row's text are special tokens, as in `apply_chat_template`.
 
     Raises BadRowError if the template refuses the row, and UserError if tokenizer and rows do not go together.
     """
     ids, labels = _tokenize_chat(row, tokenizer) if isinstance(row, ChatRow) else _tokenize_text(row, tokenizer)
-    labels[0] = IGNORE_INDEX  # no token before it could predict it
+    labels[0] = IGNORE_INDEX  # there is no token before it to predict it from
     truncated = len(ids) > max_length
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORE_INDEX for label in labels):
@@ -55,10 +55,10 @@ def _tokenize_text(row: TextRow, tokenizer: PreTrainedTokenizerBase) -> tuple[li
         )
     prompt: list[int] = tokenizer(row.prompt, verbose=False)["input_ids"]
     if prompt and prompt[-1] == end and not row.prompt.endswith(str(tokenizer.eos_token)):
-        prompt = prompt[:-1]  # some tokenizers close each text
+        prompt = prompt[:-1]  # some tokenizers append it to each text
     completion: list[int] = tokenizer(row.completion, add_special_tokens=False, verbose=False)["input_ids"]
-    learned = [*completion, end]
-    return prompt + learned, [IGNORE_INDEX] * len(prompt) + learned
+    labelled = [*completion, end]
+    return prompt + labelled, [IGNORE_INDEX] * len(prompt) + labelled
 
 
 def _tokenize_chat(row: ChatRow, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -73,14 +73,14 @@ def _tokenize_chat(row: ChatRow, tokenizer: PreTrainedTokenizerBase) -> tuple[li
             "label mask of conversations needs. Put a tokenizer.json into the model folder."
         )
     text = _render(tokenizer, row.messages, generation_prompt=False)
-    spans = _learned_spans(row, text, tokenizer)
+    spans = _label_spans(row, text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     starts = [start for start, _ in spans]
     labels = []
     for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
         nearest = spans[max(bisect_right(starts, max(start, end - 1)) - 1, 0)]
-        labels.append(token if _is_learned(text, start, end, nearest) else IGNORE_INDEX)
+        labels.append(token if _is_within(text, start, end, nearest) else IGNORE_INDEX)
     return ids, labels
 
 
@@ -96,8 +96,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], g
     return text
 
 
-def _learned_spans(row: ChatRow, text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """Return the character ranges of ``text`` that the model must write, in order."""
+def _label_spans(row: ChatRow, text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """Return the character ranges of ``text`` that the model has to generate, in order."""
     spans = []
     for index, message in enumerate(row.messages):
         if message["role"] != "assistant" or index < row.first_reply:
@@ -111,14 +111,14 @@ def _learned_spans(row: ChatRow, text: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Leave out the line break that many templates put after the end-of-turn token: generation has stopped by then."""
+    """Exclude the line break that many templates put after the end-of-turn token: generation stops before it."""
     stripped = text.rstrip()
     control_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
     return len(stripped) if len(stripped) > start and stripped.endswith(control_tokens) else len(text)
 
 
-def _is_learned(text: str, start: int, end: int, span: Span) -> bool:
-    """Say whether the token of characters [start, end) belongs to ``span``; only white space may lie on both sides."""
+def _is_within(text: str, start: int, end: int, span: Span) -> bool:
+    """Whether the token of characters [start, end) belongs to ``span``; only its white space may cross the border."""
     first, last = span
     if start == end:  # byte-level tokenizers may report white space as the empty range after it
         return first < start <= last
@@ -136,14 +136,14 @@ def _is_learned(text: str, start: int, end: int, span: Span) -> bool:
     if first <= core_start and core_end <= last:
         return True
     raise UserError(
-        f"The tokenizer joins {core!r} into one token, of which only a part is the assistant's. The chat template must "
-        "separate the assistant's words from its own by a control token or white space."
+        f"The tokenizer joins {core!r} into one token, only a part of which is the assistant's text. The chat template "
+        "must separate the assistant's text from its own by a special token or white space."
     )
 
 
 def _unstable_template(row: ChatRow, index: int) -> UserError:
     return UserError(
-        f"The chat template of the tokenizer changes what stands before a message when others follow it (row in line "
-        f"{row.line}, message {index}), so what is learned would not be what the model sees in use. Put a "
-        "chat_template.jinja into the model folder that only ever appends, or give rows with one answer each."
+        "The chat template of the tokenizer changes earlier messages when later ones are added (row in line "
+        f"{row.line}, message {index}), so the model would be trained on another context than it has at inference. "
+        "Put a chat_template.jinja into the model folder that only appends, or give rows with one answer each."
     )

@@ -36,12 +36,12 @@ def train_from_file(path: Path, overrides: Sequence[str]) -> int:
 
 
 def train(config: RunConfig) -> int:
-    """Run to ``max_steps`` or to a request to stop; collective. Returns the exit code.
+    """Train until ``max_steps`` or a request to stop; collective. Returns the exit code.
 
-    The loss is the cross entropy summed over the label tokens of an optimizer step and divided by their number over all
-    micro-batches and ranks, so it does not depend on how the rows are split.
+    The loss of an optimizer step is the sum over its label tokens divided by their number over all micro-batches and
+    ranks, so it does not depend on how the rows are split.
 
-    Raises StopRequested when the request comes before the run folder is opened: there is nothing to save.
+    Raises StopRequested when the request comes before the run folder is opened, when there is nothing to save.
     """
     stop = StopRequest()
     run = prepare(config, stop)
@@ -58,7 +58,7 @@ def train(config: RunConfig) -> int:
     with StepDisplay(state.step, max_steps, visible=process_group.is_main()) as display:
         try:
             if state.step >= last_step:
-                display.say(f"step {state.step} of {last_step} is done already: nothing to train")
+                display.say(f"step {state.step} of {last_step} is complete already: nothing to train")
             elif config.data.packing:
                 display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
             _evaluate_if_due(run, config, stop, display, record)
@@ -71,7 +71,7 @@ def train(config: RunConfig) -> int:
                     lr[group["name"]] = group["lr"]
                 row_ids = rows_of_step(state.step, settings.global_batch_size, len(rows), settings.seed)
                 tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
-                # Dropout depends on the step and the rank, not on history: a resumed run draws the same masks.
+                # Dropout depends on the step and the rank alone, so a resumed run draws the same masks.
                 torch.manual_seed((settings.seed * 1_000_003 + state.step) * 65_537 + process_group.rank())
 
                 loss_sum = 0.0
@@ -85,7 +85,7 @@ def train(config: RunConfig) -> int:
                         (loss_sum,) = process_group.sum_over_ranks(loss_sum)
                         _require_finite("loss", loss_sum, state.step + 1)
                     engine.step()
-                # In bfloat16 DeepSpeed leaves out a step whose gradients are not finite, and says so here alone.
+                # In bfloat16 DeepSpeed skips a step whose gradients are not finite, and only this counter tells.
                 grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
                 _require_finite("gradient norm", grad_norm, state.step + 1)
 
@@ -103,8 +103,8 @@ def train(config: RunConfig) -> int:
                     saved_step = state.step
             reason = "completed" if state.step == max_steps else "stopped"
         except StopRequested as request:
-            # The gradients of a step that is not complete are in no checkpoint: it will be run again, whole.
-            display.say(f"{request}: step {state.step} of {max_steps} is the last complete one")
+            # Gradients of an incomplete step are in no checkpoint: the step will be run again from its start.
+            display.say(f"{request}: step {state.step} of {max_steps} is the last complete step")
             if state.step != saved_step:
                 _save(run, config, display, record)
 
@@ -115,7 +115,10 @@ def train(config: RunConfig) -> int:
 
 
 def _recorder(run: Run) -> tuple[Record, Callable[[], None]]:
-    """What writes an event of this run, as long as the run folder is its own, and what closes the record; on rank 0."""
+    """The function that writes an event to metrics.jsonl, and the one that closes it; both do nothing on other ranks.
+
+    Writing raises RunFolderLostError when another run has taken the run folder.
+    """
     if run.owner is None:
         return lambda event, **fields: None, lambda: None
     owner = run.owner
@@ -134,9 +137,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def _require_finite(what: str, value: float, step: int) -> None:
-    """``value`` is the same on all ranks, so all leave together."""
+    """``value`` is the same on all ranks, so all of them raise."""
     if not math.isfinite(value):
-        raise RuntimeError(f"step {step}: the {what} is {value}; this step is in no checkpoint")
+        raise RuntimeError(f"step {step}: the {what} is {value}; no checkpoint contains this step")
 
 
 def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
@@ -149,7 +152,7 @@ def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
 
 
 def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
-    """Before training, after it, and every so often; also after a resume where a request to stop came in between."""
+    """Before the first step, after the last, and every ``eval_every`` steps; or where that was interrupted."""
     state, rows = run.state, run.plan.eval_rows
     is_due = state.step in (0, run.plan.max_steps) or _due(state.step, config.train.eval_every)
     if rows is None or not is_due or state.step in state.evaluations:
@@ -173,7 +176,7 @@ def _mark_best(run: Run, workspace: Path) -> None:
 
 
 def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
-    """Write a checkpoint; all ranks gather, rank 0 writes, all go on when it is complete."""
+    """Write a checkpoint: all ranks gather, rank 0 writes, all continue when it is complete."""
     started = time.monotonic()
     gathered = checkpoint_state.gather_state(run.engine)
     checkpoints = run.run_dir / "checkpoints"

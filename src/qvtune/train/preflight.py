@@ -19,7 +19,7 @@ from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.rows import read_rows
 from qvtune.distributed import process_group
 from qvtune.embedded.data import demo_files
-from qvtune.errors import Problems, UserError
+from qvtune.errors import Problems, UserError, naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import choose_attention, choose_dtype
 from qvtune.model.loader import open_base
@@ -214,12 +214,14 @@ def _file(setting: str, source: str) -> Path:
 
 
 def _check_rows(setting: str, source: str, config: RunConfig, max_rows: int | None = None) -> None:
-    read_rows(_file(setting, source), config.data.format, config.data.on_bad_row, setting, max_rows=max_rows)
+    with naming_setting(setting):
+        read_rows(_file(setting, source), config.data.format, config.data.on_bad_row, max_rows=max_rows)
 
 
 def _token_rows(setting: str, source: str, config: RunConfig, tokenizer: Any, poll: Poll) -> TokenRows:
-    file, task = _file(setting, source), get_task(config.task)
-    return build_token_rows(file, setting, config.data, tokenizer, task, cache_dir() / "tokens", poll)
+    with naming_setting(setting):
+        file, task = _file(setting, source), get_task(config.task)
+        return build_token_rows(file, config.data, tokenizer, task, cache_dir() / "tokens", poll)
 
 
 def _pad_token_id(tokenizer: Any) -> int:

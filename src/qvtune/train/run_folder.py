@@ -1,4 +1,4 @@
-"""The run folder: whether a run starts there anew or goes on, and the record of what was run."""
+"""The run folder: whether a run starts there from scratch or resumes, and the record of what was run."""
 
 import os
 import platform
@@ -20,8 +20,8 @@ from qvtune.distributed import process_group
 from qvtune.errors import UserError
 from qvtune.storage.files import write_json
 
-# What may change between the parts of one run: it leaves the losses as they are, or, as another length does to the
-# schedule of the steps to come, changes them in a way that is asked for and logged. All else must stay.
+# Settings that may change between the starts of a run. They do not change the losses, or, like another number of steps
+# through the schedule, change them as asked for and logged. All others must stay the same.
 _FREE_SETTINGS = {
     "": {"run_dir", "deepspeed", "checkpoint"},
     "train": {
@@ -36,13 +36,13 @@ _FREE_SETTINGS = {
     "model": {"attention"},
     "data": {"eval"},
 }
-_OF_THE_JOB = ("logs", "submitted")  # made before the run starts; the code that is running may lie there
+_OF_THE_JOB = ("logs", "submitted")  # made before the run starts; they may hold the code that is running
 
 
 def trajectory_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide a run's losses, as plain JSON values."""
+    """The settings that determine a run's losses, as plain JSON values."""
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE_SETTINGS[""])
-    # The first pattern that matches decides: their order counts, which comparing mappings would not notice.
+    # The first matching pattern applies, so their order counts, which a comparison of mappings would not notice.
     settings["optimizer"]["lr_multipliers"] = [list(item) for item in config.optimizer.lr_multipliers.items()]
     return {
         section: {key: value for key, value in values.items() if key not in _FREE_SETTINGS.get(section, ())}
@@ -53,10 +53,10 @@ def trajectory_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint this run goes on from, verified; None for a new run.
+    """The checkpoint that this run resumes from, verified; None for a new run.
 
     Raises UserError when ``checkpoint.resume: always`` finds none, when the checkpoint is damaged, and when it was made
-    with settings that lead elsewhere.
+    with settings that give other losses.
     """
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
@@ -74,8 +74,8 @@ def find_resume(config: RunConfig) -> Path | None:
         raise UserError(
             [
                 *differences,
-                f"{found} was made with other settings: set them back, choose another run_dir, or start anew with "
-                "checkpoint.resume=never (the old run is moved aside)",
+                f"{found} was made with other settings: set them back, choose another run_dir, or start from "
+                "scratch with checkpoint.resume=never (the old run is moved aside)",
             ]
         )
     return found
@@ -95,8 +95,8 @@ def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -
 def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tuple[Path | None, Owner | None]:
     """Take the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
 
-    Returns the checkpoint to go on from, as ``find_resume``: from now on nobody else adds or deletes any. On rank 0 the
-    owner as well. What an earlier run has left in the place of a new one is kept in ``run_dir.1``, ``.2``, ...
+    Returns the checkpoint to resume from, as ``find_resume`` does, now that no other run can add or delete one, and
+    on rank 0 the owner. Where a new run starts, files of an earlier one are moved to ``run_dir.1``, ``.2``, ...
     The job's own ``logs`` and ``submitted`` stay.
     """
     hosts = process_group.all_gather_object(socket.gethostname())
