@@ -171,6 +171,16 @@ def test_best_has_the_lowest_evaluation_loss_and_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["best", "latest", "step-00000007", "step-00000008", "step-00000009"]
 
 
+def test_best_follows_the_direction_of_the_metric(tmp_path: Path) -> None:
+    accuracies = {1: 0.5, 2: 0.75, 3: 0.75, 4: 0.25}
+    for step in accuracies:
+        write(tmp_path, step, files(a="text"))
+    checkpoint_folder.mark_best(tmp_path, accuracies, higher_is_better=True)
+    assert os.readlink(tmp_path / "best") == "step-00000002"
+    checkpoint_folder.mark_best(tmp_path, accuracies, higher_is_better=False)
+    assert os.readlink(tmp_path / "best") == "step-00000004"
+
+
 def test_a_checkpoint_without_an_evaluation_is_not_the_best(tmp_path: Path) -> None:
     write(tmp_path, 1, files(a="text"))
     checkpoint_folder.mark_best(tmp_path, {0: 1.0, 2: 0.5})

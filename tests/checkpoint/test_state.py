@@ -1,3 +1,5 @@
+import json
+
 """What is in a checkpoint, as far as no engine is needed: PEFT reads it, and an adapter comes back from it."""
 
 from pathlib import Path
@@ -72,9 +74,15 @@ def test_the_optimizer_is_stored_by_parameter_name(llama_fp32_folder: Path, tmp_
 
 
 def test_the_counters_come_back(llama_fp32_folder: Path, tmp_path: Path) -> None:
-    trainer = TrainerState(20, 4096, 1024, {0: 3.5, 20: 2.25}, {"train": {"seed": 0}, "task": "causal_lm"})
+    trainer = TrainerState(
+        20, 4096, 1024, {0: {"loss": 3.5}, 20: {"loss": 2.25}}, {"train": {"seed": 0}, "task": "causal_lm"}
+    )
     save_checkpoint(adapted(llama_fp32_folder), tmp_path, trainer)
     assert load_trainer_state(tmp_path) == trainer
+    stored = json.loads((tmp_path / "trainer_state.json").read_text())
+    losses = {step: metrics["loss"] for step, metrics in stored.pop("evaluations").items()}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(stored | {"eval_losses": losses}))
+    assert load_trainer_state(tmp_path) == trainer, "as it was written before tasks had other metrics"
 
 
 def test_an_adapter_comes_back_bit_by_bit(llama_fp32_folder: Path, tmp_path: Path) -> None:

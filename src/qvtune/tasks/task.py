@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from qvtune.data.rows import Row
 from qvtune.data.tokenize import Document
 
 
+@runtime_checkable
 class Task(Protocol):
     """All that differs between tasks.
 
