@@ -1,7 +1,6 @@
-import json
-
 """What is in a checkpoint, as far as no engine is needed: PEFT reads it, and an adapter comes back from it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
