@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qvtune.distributed import process_group
 from qvtune.errors import StopRequested, UserError
@@ -87,6 +88,22 @@ def test_the_cores_are_shared_by_the_ranks_of_a_host(
     assert torch.get_num_threads() == expected
 
 
+def test_the_cores_are_shared_on_gpu_machines_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is quantized on the CPU while it is loaded."""
+    import deepspeed
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices, backends = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda backend, timeout: backends.append(backend))
+    process_group.start()
+    assert (torch.get_num_threads(), devices, backends) == (3, [1], ["nccl"])
+
+
 def test_who_sets_the_number_of_threads_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -100,6 +117,23 @@ def test_the_timeout_of_collectives_is_half_an_hour_or_what_the_variable_says(mo
     assert process_group._timeout() == timedelta(minutes=30)
     monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", "45")
     assert process_group._timeout() == timedelta(seconds=45)
+
+
+def test_flags_over_host_memory_have_the_same_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside NCCL flags go through a gloo group, whose default timeout is half an hour whatever NCCL's is."""
+    monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", "45")
+    made, new_group = [], dist.new_group
+    monkeypatch.setattr(dist, "new_group", lambda **options: made.append(new_group(**options)) or made[-1])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+        monkeypatch.setattr(process_group, "world_size", lambda: 2)
+        assert process_group.any_rank(True)
+    finally:
+        process_group._host_group.cache_clear()
+        dist.destroy_process_group()
+    (group,) = made
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=45)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "10m"])

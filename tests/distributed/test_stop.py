@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qvtune.distributed import stop
+from qvtune.distributed import process_group, stop
 from qvtune.distributed.stop import REPEAT_SECONDS, SIGNALS, StopRequest
 from qvtune.errors import StopRequested
 
@@ -90,14 +90,14 @@ def test_the_same_signal_later_ends_the_process(exits: list[int], number: signal
 def test_a_request_that_another_rank_has_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     request = StopRequest()
     notes = {request._announcement: "SIGUSR1"}
-    monkeypatch.setattr(stop.distributed, "announced", notes.get)
+    monkeypatch.setattr(process_group, "announced", notes.get)
     with pytest.raises(StopRequested, match=r"\(SIGUSR1\)"):
         request.poll_alone()
 
 
 def test_looking_for_announcements_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    monkeypatch.setattr(stop.distributed, "announced", lambda name: looks.append(name))
+    monkeypatch.setattr(process_group, "announced", lambda name: looks.append(name))
     request = StopRequest()
     for _ in range(1000):
         request.poll_alone()

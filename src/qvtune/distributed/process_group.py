@@ -27,9 +27,9 @@ def start() -> None:
     a broken network is not noticed otherwise. Raises UserError if the variable is not a number of seconds.
     """
     timeout = _timeout()
+    _share_cores()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _share_cores()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(any_free_port())
@@ -55,7 +55,10 @@ def _timeout() -> timedelta:
 
 
 def _share_cores() -> None:
-    """Divide the cores among the ranks of this host: more threads than cores made a step 15 times slower."""
+    """Divide the cores among the ranks of this host: more threads than cores made a step 15 times slower.
+
+    On GPU machines too: there the CPU quantizes the base while it is loaded.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
@@ -124,7 +127,7 @@ def any_rank(flag: bool) -> bool:
 @lru_cache
 def _host_group() -> Any:
     """A gloo group of all ranks; the first call is collective."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_timeout())
 
 
 def announce(name: str, text: str) -> None:
