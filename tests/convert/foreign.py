@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from qvtune.convert.conversion import open_task
+from qvtune.convert.conversion import open_conversion
 from qvtune.convert.sources.source import open_source
 
 Tensors = dict[str, torch.Tensor]
@@ -42,8 +42,8 @@ def merged_by_peft(base: Path, adapter: Path, architecture: Any, **options: Any)
 def merged_by_us(adapter: Path, *, allow_pickle: bool = False, base: Path | None = None) -> tuple[Tensors, Any]:
     """Every tensor of the merged model in fp32, by its name in the base's files, and the adapter that made it."""
     source = open_source(adapter, base=str(base) if base else None, allow_pickle=allow_pickle)
-    task = open_task(source, "original", "auto")
-    ours, opened = task.adapter, task.base
+    conversion = open_conversion(source, "original", "auto")
+    ours, opened = conversion.adapter, conversion.base
     merged = {}
     for name in opened.tensors.keys() - ours.dropped:
         value = opened.weights.read_flat(name).view(opened.tensors[name].shape)

@@ -381,9 +381,9 @@ def test_the_command_runs_as_one_process_without_deepspeed_and_merges_without_tr
     script = """
 import runpy, sys
 from qvtune.convert.sources.source import open_source
-from qvtune.convert.conversion import open_task
+from qvtune.convert.conversion import open_conversion
 from qvtune.convert.merge.write import write_weights
-assert open_task and open_source and write_weights
+assert open_conversion and open_source and write_weights
 heavy = {"bitsandbytes", "peft", "transformers"} & sys.modules.keys()
 assert not heavy, heavy
 sys.argv = sys.argv[1:]

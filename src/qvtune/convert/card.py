@@ -7,35 +7,39 @@ from typing import Any
 
 import yaml
 
-from qvtune.convert.conversion import Task
+from qvtune.convert.conversion import Conversion
 from qvtune.convert.report import MergeReport
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(report: MergeReport, task: Task, title: str, how_to_load: str) -> str:
+def model_card(report: MergeReport, conversion: Conversion, title: str, how_to_load: str) -> str:
     """Front matter and one section each for base, data, method, losses, proof, versions, and how to load it."""
     sections = {
-        "Base": _base(report, task),
-        "Data": _data(task),
-        "Method": _method(report, task),
-        "Losses": _losses(report, task),
+        "Base": _base(report, conversion),
+        "Data": _data(conversion),
+        "Method": _method(report, conversion),
+        "Losses": _losses(report, conversion),
         "Proof": _proof(report),
         "Versions": _bullets(f"{name} {version}" for name, version in report.versions.items()),
         "How to load": how_to_load,
     }
     body = "\n\n".join(f"## {name}\n\n{text}" for name, text in sections.items())
-    return f"---\n{yaml.safe_dump(_front_matter(report, task), sort_keys=False)}---\n\n# {title}\n\n{body}\n"
+    return f"---\n{yaml.safe_dump(_front_matter(report, conversion), sort_keys=False)}---\n\n# {title}\n\n{body}\n"
 
 
-def _front_matter(report: MergeReport, task: Task) -> dict[str, Any]:
+def _front_matter(report: MergeReport, conversion: Conversion) -> dict[str, Any]:
     """``base_model`` only where the hub can find it; the licence is that of the base, where its own card names one."""
     library = {"adapter": "peft", "gguf": "gguf"}.get(report.format, "transformers")
-    matter: dict[str, Any] = {"library_name": library, "pipeline_tag": _pipeline(task), "tags": _tags(report, task)}
-    base = task.model.name_or_path
+    matter: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": _pipeline(conversion),
+        "tags": _tags(report, conversion),
+    }
+    base = conversion.model.name_or_path
     if _HUB_ID.fullmatch(base) and not Path(base).exists():
         matter = {"base_model": base} | matter
-    of_base = _front_matter_of(task.base.folder / "README.md")
+    of_base = _front_matter_of(conversion.base.folder / "README.md")
     return matter | {key: of_base[key] for key in ("license", "license_name", "license_link") if key in of_base}
 
 
@@ -51,16 +55,16 @@ def _front_matter_of(card: Path) -> Mapping[str, Any]:
     return matter if isinstance(matter, dict) else {}
 
 
-def _pipeline(task: Task) -> str:
-    return "text-classification" if task.is_classifier else "text-generation"
+def _pipeline(conversion: Conversion) -> str:
+    return "text-classification" if conversion.is_classifier else "text-generation"
 
 
-def _tags(report: MergeReport, task: Task) -> list[str]:
-    method = (task.adapter.peft_config or {}).get("peft_type")
+def _tags(report: MergeReport, conversion: Conversion) -> list[str]:
+    method = (conversion.adapter.peft_config or {}).get("peft_type")
     return ["qvtune", report.format, *([str(method).lower()] if method else [])]
 
 
-def _base(report: MergeReport, task: Task) -> str:
+def _base(report: MergeReport, conversion: Conversion) -> str:
     weights = {
         "dequantized": "the NF4 values that the adapter was trained against, dequantized",
         "original": "the original ones",
@@ -71,20 +75,20 @@ def _base(report: MergeReport, task: Task) -> str:
             f"weights under the adapter: {weights[report.base_weights]}",
             f"quantization in training: {report.trained_on}",
             f"dtype of the computed matrices: {report.dtype}",
-            *_if_any("fingerprint: checked, tensor by tensor", task.source.fingerprint),
+            *_if_any("fingerprint: checked, tensor by tensor", conversion.source.fingerprint),
         ]
     )
 
 
-def _data(task: Task) -> str:
-    data = _trajectory(task).get("data")
+def _data(conversion: Conversion) -> str:
+    data = _trajectory(conversion).get("data")
     if data is None:
         return "Not known: the adapter came without a record of its run."
     return _bullets(f"{name}: {value}" for name, value in data.items())
 
 
-def _method(report: MergeReport, task: Task) -> str:
-    trajectory, peft_config = _trajectory(task), task.adapter.peft_config or {}
+def _method(report: MergeReport, conversion: Conversion) -> str:
+    trajectory, peft_config = _trajectory(conversion), conversion.adapter.peft_config or {}
     known = {
         **{name: peft_config.get(name) for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")},
         "target_modules": peft_config.get("target_modules"),
@@ -100,10 +104,10 @@ def _method(report: MergeReport, task: Task) -> str:
     return _bullets(lines)
 
 
-def _losses(report: MergeReport, task: Task) -> str:
+def _losses(report: MergeReport, conversion: Conversion) -> str:
     lines = []
-    if task.source.state is not None:
-        evaluated = sorted(task.source.state.evaluations.items())
+    if conversion.source.state is not None:
+        evaluated = sorted(conversion.source.state.evaluations.items())
         lines = [
             f"evaluation at step {step}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}"
             for step, metrics in evaluated
@@ -134,8 +138,8 @@ def _proof(report: MergeReport) -> str:
     return f"{_bullets(lines)}\n\nEvery number is in `merge_report.json`."
 
 
-def _trajectory(task: Task) -> Mapping[str, Any]:
-    return {} if task.source.state is None else task.source.state.trajectory
+def _trajectory(conversion: Conversion) -> Mapping[str, Any]:
+    return {} if conversion.source.state is None else conversion.source.state.trajectory
 
 
 def _if_any(line: str, condition: object) -> list[str]:

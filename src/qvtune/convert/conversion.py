@@ -24,7 +24,7 @@ _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class Task:
+class Conversion:
     """A merge that can be done: ``model`` says what the base is read as, ``adapter`` fits it, ``dtype`` is that of
     computed tensors, ``settings`` replace those of the base's config.json."""
 
@@ -66,9 +66,9 @@ class Task:
         return None if stored_in_4_bits else "original"
 
 
-def open_task(
+def open_conversion(
     source: Source, base_weights: BaseChoice | None, dtype: DtypeChoice, *, allow_pickle: bool = False
-) -> Task:
+) -> Conversion:
     """Open the base and read the adapter. Raises UserError with what does not fit together.
 
     ``allow_pickle`` lets an adapter from elsewhere have a base in ``.bin`` files; our checkpoints say it themselves.
@@ -81,7 +81,7 @@ def open_task(
     base = open_merge_base(folder, model, source.dtype)
     adapter = replace(source.adapter(base.tensors), dtype=source.dtype)
     merged_dtype = source.dtype if dtype == "auto" else getattr(torch, _SHORT_NAMES.get(dtype, dtype))
-    return Task(source, model, base, adapter, merged_dtype, adapter.config)
+    return Conversion(source, model, base, adapter, merged_dtype, adapter.config)
 
 
 def _folder_of(source: Source) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import qvtune
 from qvtune.console import console
-from qvtune.convert.conversion import BaseChoice, DtypeChoice, Task, open_task
+from qvtune.convert.conversion import BaseChoice, Conversion, DtypeChoice, open_conversion
 from qvtune.convert.formats import FormatName, OutputFormat, output_format
 from qvtune.convert.merge.write import Written, made_from
 from qvtune.convert.sources.source import open_source
@@ -62,19 +62,21 @@ def convert(
     _check_numbers(max_shard_bytes, proof_rows, num_threads)
     require_free(output)
     opened = open_source(source, base=base, allow_pickle=allow_pickle)
-    task = open_task(opened, base_weights, dtype, allow_pickle=allow_pickle)
+    conversion = open_conversion(opened, base_weights, dtype, allow_pickle=allow_pickle)
     chosen = output_format(format)
-    if base_weights is None and chosen.PREFERS is not None and task.other_choice == chosen.PREFERS:
-        task = open_task(opened, chosen.PREFERS, dtype, allow_pickle=allow_pickle)
-    chosen.require(task)
-    layered = _architecture(task)
-    with partial_output(output, made_from(task, max_shard_bytes) | {"format": format}) as partial:
-        console().print(f"merging {task.source.path} into {task.base.folder}: {len(task.base.tensors)} tensors")
-        written = chosen.write(partial, task, max_shard_bytes, num_threads or len(os.sched_getaffinity(0)))
+    if base_weights is None and chosen.PREFERS is not None and conversion.other_choice == chosen.PREFERS:
+        conversion = open_conversion(opened, chosen.PREFERS, dtype, allow_pickle=allow_pickle)
+    chosen.require(conversion)
+    layered = _architecture(conversion)
+    with partial_output(output, made_from(conversion, max_shard_bytes) | {"format": format}) as partial:
+        console().print(
+            f"merging {conversion.source.path} into {conversion.base.folder}: {len(conversion.base.tensors)} tensors"
+        )
+        written = chosen.write(partial, conversion, max_shard_bytes, num_threads or len(os.sched_getaffinity(0)))
         return_freed_memory()
-        result = _prove(task, layered, chosen, partial.folder, proof_rows)
-        report = _report(task, format, written, result, time.monotonic() - started)
-        _finish(report, task, chosen, partial.folder, output)
+        result = _prove(conversion, layered, chosen, partial.folder, proof_rows)
+        report = _report(conversion, format, written, result, time.monotonic() - started)
+        _finish(report, conversion, chosen, partial.folder, output)
     return report
 
 
@@ -90,42 +92,48 @@ def _check_numbers(max_shard_bytes: int, proof_rows: int | None, num_threads: in
         raise UserError(problems)
 
 
-def _architecture(task: Task) -> "LayeredModel":
+def _architecture(conversion: Conversion) -> "LayeredModel":
     """The model without weights. Raises UserError where it could not be proved, before anything is written."""
     from qvtune.convert.proof.proof import empty_model
 
-    layered = empty_model(task.base.folder, task.settings, task.model.trust_remote_code)
-    layered.require_names(task.base.tensors.keys() | task.adapter.added.keys(), str(task.base.folder))
+    layered = empty_model(conversion.base.folder, conversion.settings, conversion.model.trust_remote_code)
+    layered.require_names(conversion.base.tensors.keys() | conversion.adapter.added.keys(), str(conversion.base.folder))
     return layered
 
 
-def _prove(task: Task, layered: "LayeredModel", chosen: OutputFormat, folder: Path, num_rows: int | None) -> "Result":
+def _prove(
+    conversion: Conversion, layered: "LayeredModel", chosen: OutputFormat, folder: Path, num_rows: int | None
+) -> "Result":
     from transformers import AutoTokenizer
 
     from qvtune.convert.proof.proof import prove
     from qvtune.convert.proof.texts import Text, evaluation_rows, fixed_prompts
 
-    tokenizer = AutoTokenizer.from_pretrained(task.base.folder, trust_remote_code=task.model.trust_remote_code)
-    run = task.source.path if task.source.state is not None else None
+    tokenizer = AutoTokenizer.from_pretrained(
+        conversion.base.folder, trust_remote_code=conversion.model.trust_remote_code
+    )
+    run = conversion.source.path if conversion.source.state is not None else None
     texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
-    if task.is_classifier:  # one position of logits a text: those of the classes
+    if conversion.is_classifier:  # one position of logits a text: those of the classes
         texts = [Text(text.ids, [IGNORE_INDEX]) for text in texts]
-    return prove(layered, chosen.sides(task, folder), texts, chosen.limits(task))
+    return prove(layered, chosen.views(conversion, folder), texts, chosen.limits(conversion))
 
 
-def _report(task: Task, format: FormatName, written: Written, result: "Result", seconds: float) -> "MergeReport":
+def _report(
+    conversion: Conversion, format: FormatName, written: Written, result: "Result", seconds: float
+) -> "MergeReport":
     from qvtune.convert.report import MergeReport, rounding_warnings
 
-    dtype = str(task.dtype).removeprefix("torch.")
+    dtype = str(conversion.dtype).removeprefix("torch.")
     return MergeReport(
         format=format,
-        checkpoint=str(task.source.path),
-        step=task.source.step,
-        base=task.model.name_or_path,
-        base_weights=task.base_weights,
-        trained_on=task.source.model.quantization,
+        checkpoint=str(conversion.source.path),
+        step=conversion.source.step,
+        base=conversion.model.name_or_path,
+        base_weights=conversion.base_weights,
+        trained_on=conversion.source.model.quantization,
         dtype=dtype,
-        scaling=task.adapter.scaling,
+        scaling=conversion.adapter.scaling,
         files=written.files,
         bytes=written.num_bytes,
         tensors=dict(Counter(written.kinds.values())),
@@ -140,7 +148,7 @@ def _report(task: Task, format: FormatName, written: Written, result: "Result", 
     )
 
 
-def _finish(report: "MergeReport", task: Task, chosen: OutputFormat, folder: Path, output: Path) -> None:
+def _finish(report: "MergeReport", conversion: Conversion, chosen: OutputFormat, folder: Path, output: Path) -> None:
     """Show the report; write it and the model card, or raise ProofError."""
     from qvtune.convert.card import model_card
     from qvtune.convert.report import show
@@ -149,5 +157,5 @@ def _finish(report: "MergeReport", task: Task, chosen: OutputFormat, folder: Pat
     if not report.proof.passed:
         raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
     write_json(folder / "merge_report.json", asdict(report))
-    card = model_card(report, task, output.name, chosen.how_to_load(task, output.name))
+    card = model_card(report, conversion, output.name, chosen.how_to_load(conversion, output.name))
     (folder / "README.md").write_text(card, encoding="utf-8")

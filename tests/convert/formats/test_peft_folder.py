@@ -209,12 +209,12 @@ def test_trained_matrices_and_a_new_dtype_are_refused(
     checkpoint = (run / "checkpoints" / "latest").resolve()
     from dataclasses import replace
 
-    from qvtune.convert.conversion import open_task
+    from qvtune.convert.conversion import open_conversion
     from qvtune.convert.sources.source import open_source
 
-    task = open_task(open_source(checkpoint), None, "auto")
+    conversion = open_conversion(open_source(checkpoint), None, "auto")
     with pytest.raises(UserError, match="matrices that were trained themselves"):
-        peft_folder.require(replace(task, source=replace(task.source, saved=None)))
+        peft_folder.require(replace(conversion, source=replace(conversion.source, saved=None)))
     assert not (tmp_path / "out").exists()
 
 

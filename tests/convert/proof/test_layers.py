@@ -9,13 +9,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from qvtune.config.schema import ModelSection
-from qvtune.convert.conversion import open_task
+from qvtune.convert.conversion import open_conversion
 from qvtune.convert.merge.base import open_merge_base
 from qvtune.convert.merge.changes import LowRank
 from qvtune.convert.proof import layers
 from qvtune.convert.proof.layers import LayeredModel
 from qvtune.convert.proof.proof import empty_model
-from qvtune.convert.proof.views import Side, adapted_base, merged_folder, unmerged
+from qvtune.convert.proof.views import ModelView, adapted_base, merged_folder, unmerged
 from qvtune.convert.sources.source import open_source
 from qvtune.errors import UserError
 from tests.convert.conftest import MakeRun
@@ -24,14 +24,14 @@ from tests.support.tiny import DECODERS, VOCABULARY, make_model_folder
 TEXTS = [list(range(3, 103)), [7, 8, 9]]
 
 
-def streamed(model: LayeredModel, sides: list[Side], texts: list[list[int]] = TEXTS) -> list[list[torch.Tensor]]:
-    """[side][text]: logits [T, V], put together."""
-    parts: list[list[list[torch.Tensor]]] = [[[] for _ in texts] for _ in sides]
-    for text, first, logits in model.logits(sides, texts):
-        for side, part in enumerate(logits):
-            assert sum(one.shape[1] for one in parts[side][text]) == first
-            parts[side][text].append(part)
-    return [[torch.cat(text, dim=1) for text in side] for side in parts]
+def streamed(model: LayeredModel, views: list[ModelView], texts: list[list[int]] = TEXTS) -> list[list[torch.Tensor]]:
+    """[view][text]: logits [T, V], put together."""
+    parts: list[list[list[torch.Tensor]]] = [[[] for _ in texts] for _ in views]
+    for text, first, logits in model.logits(views, texts):
+        for view, part in enumerate(logits):
+            assert sum(one.shape[1] for one in parts[view][text]) == first
+            parts[view][text].append(part)
+    return [[torch.cat(text, dim=1) for text in view] for view in parts]
 
 
 def whole(model: nn.Module, texts: list[list[int]] = TEXTS) -> list[torch.Tensor]:
@@ -48,10 +48,10 @@ def test_logits_are_those_of_transformers(
     options = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256} if family == "gpt2" else {}
     folder = make_model_folder(tmp_path / "model", family, tie=tie, dtype=torch.float32, **options)
     model = empty_model(folder, {}, trust_remote_code=False)
-    side = merged_folder(folder)
-    model.require_names(side.names, "the folder")
+    view = merged_folder(folder)
+    model.require_names(view.names, "the folder")
     expected = whole(AutoModelForCausalLM.from_pretrained(folder))
-    for found, logits in zip(streamed(model, [side])[0], expected, strict=True):
+    for found, logits in zip(streamed(model, [view])[0], expected, strict=True):
         assert found.shape[1] == VOCABULARY
         torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
 
@@ -60,14 +60,14 @@ def test_logits_are_those_of_transformers(
 def test_the_adapted_side_is_pefts_model(make_run: MakeRun, llama_folder: Path, quantization: str) -> None:
     run = make_run(llama_folder, quantization=quantization)
     source = open_source(run)
-    task = open_task(source, None, "auto")
+    conversion = open_conversion(source, None, "auto")
     base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
     for name, parameter in base.named_parameters():  # the values of training; that they are right is tested elsewhere
-        parameter.data = task.base.reader(name)(0, parameter.numel()).float().view(parameter.shape)
+        parameter.data = conversion.base.reader(name)(0, parameter.numel()).float().view(parameter.shape)
     before = whole(base)
     expected = whole(PeftModel.from_pretrained(base, source.path))
-    side = adapted_base(task.opened_as(task.base_weights), task.adapter)
-    found = streamed(empty_model(llama_folder, {}, trust_remote_code=False), [Side(side.names, side.read), side])
+    view = adapted_base(conversion.opened_as(conversion.base_weights), conversion.adapter)
+    found = streamed(empty_model(llama_folder, {}, trust_remote_code=False), [ModelView(view.names, view.read), view])
     for one, other in zip([*found[0], *found[1]], [*before, *expected], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found[0][0], found[1][0], atol=0.1)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qvtune.convert.conversion import open_task
+from qvtune.convert.conversion import open_conversion
 from qvtune.convert.convert import convert
 from qvtune.convert.merge import tensors
 from qvtune.convert.merge.changes import LowRank
@@ -60,10 +60,10 @@ def test_losses_and_choices_are_those_of_whole_models(
     texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, source.path, None)
 
     def base(choice: str) -> torch.nn.Module:
-        task = open_task(source, choice, "auto")  # type: ignore[arg-type]
+        conversion = open_conversion(source, choice, "auto")  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            parameter.data = task.base.reader(name)(0, parameter.numel()).float().view(parameter.shape)
+            parameter.data = conversion.base.reader(name)(0, parameter.numel()).float().view(parameter.shape)
         return model
 
     def run_on_texts(model: torch.nn.Module) -> tuple[torch.Tensor, float]:
@@ -154,11 +154,11 @@ def test_an_update_that_rounding_takes_away_is_warned_of(
 def test_rounding_is_measured_as_its_formula_says(make_run: MakeRun, llama_folder: Path, tmp_path: Path) -> None:
     run = make_run(llama_folder, edit=scaled(0.05))
     report = convert(run, tmp_path / "merged", base_weights="original", dtype="bfloat16")
-    task = open_task(open_source(run), "original", "bfloat16")
+    conversion = open_conversion(open_source(run), "original", "bfloat16")
     for update in report.updates:
-        weight = task.base.reader(update.name)(0, task.base.tensors[update.name].numel)
-        weight = weight.double().view(task.base.tensors[update.name].shape)
-        change = task.adapter.changes[update.name]
+        weight = conversion.base.reader(update.name)(0, conversion.base.tensors[update.name].numel)
+        weight = weight.double().view(conversion.base.tensors[update.name].shape)
+        change = conversion.adapter.changes[update.name]
         assert isinstance(change, LowRank)
         delta = change.scaling * change.factor_b.double() @ change.factor_a.double()
         rounded = (weight + delta).bfloat16().double()

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 if TYPE_CHECKING:  # transformers comes with them, and with the formats
-    from qvtune.convert.conversion import BaseChoice, Task
+    from qvtune.convert.conversion import BaseChoice, Conversion
     from qvtune.convert.merge.write import Written
     from qvtune.convert.proof.proof import Limits
-    from qvtune.convert.proof.views import Sides
+    from qvtune.convert.proof.views import ModelViews
     from qvtune.storage.partial import PartialOutput
 
 FormatName = Literal["merged", "adapter", "bnb-4bit", "gguf"]
@@ -20,22 +20,24 @@ class OutputFormat(Protocol):
 
     PREFERS: "BaseChoice | None"
 
-    def require(self, task: "Task") -> None:
+    def require(self, conversion: "Conversion") -> None:
         """Raises UserError, before anything is written, where this format cannot hold what was trained."""
 
-    def write(self, partial: "PartialOutput", task: "Task", max_shard_bytes: int, num_threads: int) -> "Written":
+    def write(
+        self, partial: "PartialOutput", conversion: "Conversion", max_shard_bytes: int, num_threads: int
+    ) -> "Written":
         """Everything but report and card, into ``partial``. Raises as ``qvtune.convert.merge.write.write_weights``."""
 
-    def sides(self, task: "Task", folder: Path) -> "Sides":
+    def views(self, conversion: "Conversion", folder: Path) -> "ModelViews":
         """The models that the proof compares, the ``merged`` one read from ``folder``.
 
         Raises ProofError where that is not what was written.
         """
 
-    def limits(self, task: "Task") -> "Limits":
+    def limits(self, conversion: "Conversion") -> "Limits":
         """How far that one may be from base + adapter."""
 
-    def how_to_load(self, task: "Task", title: str) -> str:
+    def how_to_load(self, conversion: "Conversion", title: str) -> str:
         """Markdown for the model card; ``title`` is the name of the output folder."""
 
 

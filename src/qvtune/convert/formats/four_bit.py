@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from qvtune.config.schema import ModelSection
-from qvtune.convert.conversion import BaseChoice, Task
+from qvtune.convert.conversion import BaseChoice, Conversion
 from qvtune.convert.formats import merged
 from qvtune.convert.merge.base import open_merge_base
 from qvtune.convert.merge.tensors import Merger
 from qvtune.convert.merge.write import Written, merged_config, notes, recall, require_base
 from qvtune.convert.proof.proof import Limits
-from qvtune.convert.proof.views import Side, Sides, as_stored, sides_of
+from qvtune.convert.proof.views import ModelView, ModelViews, as_stored, model_views
 from qvtune.errors import ProofError, UserError
 from qvtune.model.companions import copy_companions
 from qvtune.model.loader import Base, check_tensors
@@ -54,59 +54,59 @@ class MergedWeights(BaseWeights):
         return self._held[1][start:end]
 
 
-def require(task: Task) -> None:
+def require(conversion: Conversion) -> None:
     """Raises UserError for what is no causal language model of a family whose matrices are known."""
-    if task.is_classifier:
+    if conversion.is_classifier:
         raise UserError("--format bnb-4bit: writes causal language models, not classifiers; use --format merged")
-    _open(task)
+    _open(conversion)
 
 
-def _open(task: Task) -> tuple[Base, Merger]:
+def _open(conversion: Conversion) -> tuple[Base, Merger]:
     """The merge as a base to be quantized, nothing computed yet."""
-    merger = Merger(task.base, task.adapter, task.dtype)
+    merger = Merger(conversion.base, conversion.adapter, conversion.dtype)
     tensors = {
-        plan.name: StoredTensor(plan.name, task.base.folder, number, plan.num_bytes, plan.shape, plan.dtype)
+        plan.name: StoredTensor(plan.name, conversion.base.folder, number, plan.num_bytes, plan.shape, plan.dtype)
         for number, plan in enumerate(merger.plan())
     }
-    weights = MergedWeights(task.base.folder, tensors, merger)
-    config = read_model_config(task.base.folder, task.model)
-    config.update(task.settings)
-    skeleton = build_skeleton(config, _section(task), task.dtype, "sdpa")
+    weights = MergedWeights(conversion.base.folder, tensors, merger)
+    config = read_model_config(conversion.base.folder, conversion.model)
+    config.update(conversion.settings)
+    skeleton = build_skeleton(config, _section(conversion), conversion.dtype, "sdpa")
     check_tensors(skeleton, weights, {})
     return Base(skeleton, weights, {}), merger
 
 
-def _section(task: Task) -> ModelSection:
-    return task.source.model.model_copy(update={"quantization": "nf4"})
+def _section(conversion: Conversion) -> ModelSection:
+    return conversion.source.model.model_copy(update={"quantization": "nf4"})
 
 
-def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
+def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``; files of 1 GB at most, which are made in memory."""
-    base, merger = _open(task)
+    base, merger = _open(conversion)
     files = plan_shards(base, min(max_shard_bytes, DEFAULT_SHARD_BYTES))
-    recall(partial, task, merger)
-    write_shards(partial, base, files, bind(notes, task, merger))
-    require_base(task)
-    copy_companions(task.base.folder, partial.folder)
-    finish(partial, base, merged_config(task))
+    recall(partial, conversion, merger)
+    write_shards(partial, base, files, bind(notes, conversion, merger))
+    require_base(conversion)
+    copy_companions(conversion.base.folder, partial.folder)
+    finish(partial, base, merged_config(conversion))
     quantized = base.quantized().keys()
     kinds = {name: "quantized" if name in quantized else merger.kind(name) for name in base.weights}
     num_bytes = sum(plan.num_bytes for plans in files.values() for plan in plans)
-    kept = _require_updates(task, partial.folder, sorted(task.adapter.changes.keys() & quantized))
+    kept = _require_updates(conversion, partial.folder, sorted(conversion.adapter.changes.keys() & quantized))
     return Written(list(files), num_bytes, kinds, list(merger.updates.values()), kept)
 
 
-def _require_updates(task: Task, folder: Path, names: Collection[str]) -> float:
+def _require_updates(conversion: Conversion, folder: Path, names: Collection[str]) -> float:
     """The share of what the adapter adds to ``names`` that is left in ``folder``: <D - W, dW> / <dW, dW> over all.
 
     Raises ProofError where it is further from 1 than errors of quantization, which know nothing of dW, explain.
     """
-    base, written = as_stored(task.base), _written(task, folder)
+    base, written = as_stored(conversion.base), _written(conversion, folder)
     left = whole = noise = 0.0
     num_weights = 0
     for name in names:
         before = base.rows(name)
-        update = task.adapter.changes[name].apply(before) - before
+        update = conversion.adapter.changes[name].apply(before) - before
         found = written.rows(name) - before
         left += torch.sum(found * update, dtype=torch.float64).item()
         whole += torch.sum(update * update, dtype=torch.float64).item()
@@ -124,17 +124,17 @@ def _require_updates(task: Task, folder: Path, names: Collection[str]) -> float:
     return left / whole
 
 
-def sides(task: Task, folder: Path) -> Sides:
+def views(conversion: Conversion, folder: Path) -> ModelViews:
     """What was trained, with the weights it was trained on, against the 4-bit folder."""
-    found = sides_of(task, _written(task, folder))
+    found = model_views(conversion, _written(conversion, folder))
     return replace(found, reference=found.adapted)
 
 
-def _written(task: Task, folder: Path) -> Side:
-    return as_stored(open_merge_base(folder, _section(task), task.dtype))
+def _written(conversion: Conversion, folder: Path) -> ModelView:
+    return as_stored(open_merge_base(folder, _section(conversion), conversion.dtype))
 
 
-def limits(task: Task) -> Limits:
+def limits(conversion: Conversion) -> Limits:
     """As ``OutputFormat``."""
     return QUANTIZED
 

@@ -23,13 +23,13 @@ from gguf import (
     get_tensor_name_map,
 )
 
-from qvtune.convert.conversion import BaseChoice, Task
+from qvtune.convert.conversion import BaseChoice, Conversion
 from qvtune.convert.formats import merged
 from qvtune.convert.formats.gguf_tokenizer import add_tokenizer, elsewhere
 from qvtune.convert.merge.tensors import Merger
 from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.proof import Limits
-from qvtune.convert.proof.views import Side, Sides, sides_of
+from qvtune.convert.proof.views import ModelView, ModelViews, model_views
 from qvtune.errors import UserError
 from qvtune.storage.partial import PartialOutput
 
@@ -77,9 +77,9 @@ class _Stream:
             file.write(piece.contiguous().view(torch.uint8).numpy().data)
 
 
-def require(task: Task) -> None:
+def require(conversion: Conversion) -> None:
     """Raises UserError, with what to type instead, for all that llama.cpp would compute differently."""
-    config, problems = _config(task), []
+    config, problems = _config(conversion), []
     architecture = (config.architectures or ["none"])[0]
     if architecture not in _ARCHITECTURES:
         problems.append(f"{architecture} is not one of {', '.join(_ARCHITECTURES)}")
@@ -94,20 +94,20 @@ def require(task: Task) -> None:
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.model_type != "mistral":
             problems.append("some layers see a window only")
     if problems:
-        raise UserError([f"--format gguf: {'; '.join(problems)}. {elsewhere(task.base.folder)}"])
-    _metadata(GGUFWriter(None, "llama"), task)
-    _tensors(task)
+        raise UserError([f"--format gguf: {'; '.join(problems)}. {elsewhere(conversion.base.folder)}"])
+    _metadata(GGUFWriter(None, "llama"), conversion)
+    _tensors(conversion)
 
 
-def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
+def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``; a start that was cut off begins anew, since it is one file."""
-    merger, tensors = Merger(task.base, task.adapter, task.dtype), _tensors(task)
-    writer = GGUFWriter(partial.folder / FILE, _architecture(task))
-    _metadata(writer, task)
+    merger, tensors = Merger(conversion.base, conversion.adapter, conversion.dtype), _tensors(conversion)
+    writer = GGUFWriter(partial.folder / FILE, _architecture(conversion))
+    _metadata(writer, conversion)
     for tensor in tensors:
         kind, array_dtype, _ = _TYPES[tensor.dtype]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(array_dtype), tensor.num_bytes, raw_dtype=kind)
-    factors = _rope_factors(_config(task))
+    factors = _rope_factors(_config(conversion))
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
     writer.write_header_to_file()
@@ -118,16 +118,16 @@ def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads:
     if factors is not None:
         writer.write_tensor_data(factors)
     writer.close()
-    require_base(task)
+    require_base(conversion)
     kinds = {tensor.source: merger.kind(tensor.source) for tensor in tensors}
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     return Written([FILE], num_bytes, kinds, list(merger.updates.values()))
 
 
-def sides(task: Task, folder: Path) -> Sides:
+def views(conversion: Conversion, folder: Path) -> ModelViews:
     """As ``OutputFormat``; the file's tensors under the model's names and with rows in its order."""
     stored = {tensor.name: tensor for tensor in GGUFReader(folder / FILE).tensors}
-    tensors = {tensor.source: tensor for tensor in _tensors(task)}
+    tensors = {tensor.source: tensor for tensor in _tensors(conversion)}
 
     def read(name: str, first: int, last: int | None) -> torch.Tensor:
         tensor = tensors[name]
@@ -137,41 +137,41 @@ def sides(task: Task, folder: Path) -> Sides:
             raw = raw.reshape(tensor.num_heads, half, 2, -1).transpose(1, 2).reshape(tensor.shape)
         return raw[first:last]
 
-    return sides_of(task, Side(tensors.keys(), read))
+    return model_views(conversion, ModelView(tensors.keys(), read))
 
 
-def limits(task: Task) -> Limits:
+def limits(conversion: Conversion) -> Limits:
     """Those of a merged folder: the same weights."""
-    return merged.limits(task)
+    return merged.limits(conversion)
 
 
-def how_to_load(task: Task, title: str) -> str:
+def how_to_load(conversion: Conversion, title: str) -> str:
     """As ``OutputFormat``."""
     return f"```\nllama-cli -m {title}/{FILE}\n```"
 
 
-def _config(task: Task) -> Any:
+def _config(conversion: Conversion) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(task.base.folder, trust_remote_code=task.model.trust_remote_code)
-    config.update(dict(task.settings))
+    config = AutoConfig.from_pretrained(conversion.base.folder, trust_remote_code=conversion.model.trust_remote_code)
+    config.update(dict(conversion.settings))
     return config
 
 
-def _architecture(task: Task) -> str:
-    return "llama" if _arch(task) == MODEL_ARCH.LLAMA else _config(task).model_type
+def _architecture(conversion: Conversion) -> str:
+    return "llama" if _arch(conversion) == MODEL_ARCH.LLAMA else _config(conversion).model_type
 
 
-def _arch(task: Task) -> MODEL_ARCH:
-    return _ARCHITECTURES[_config(task).architectures[0]]
+def _arch(conversion: Conversion) -> MODEL_ARCH:
+    return _ARCHITECTURES[_config(conversion).architectures[0]]
 
 
-def _tensors(task: Task) -> list[_Tensor]:
-    config, arch = _config(task), _arch(task)
+def _tensors(conversion: Conversion) -> list[_Tensor]:
+    config, arch = _config(conversion), _arch(conversion)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     found, unknown = [], []
-    for plan in Merger(task.base, task.adapter, task.dtype).plan():
+    for plan in Merger(conversion.base, conversion.adapter, conversion.dtype).plan():
         tied_copy = plan.name == "lm_head.weight" and config.tie_word_embeddings
         if tied_copy or plan.name.endswith("rotary_emb.inv_freq"):
             continue
@@ -183,7 +183,7 @@ def _tensors(task: Task) -> list[_Tensor]:
         num_heads = heads.get(plan.name.split(".")[-2], 0) if arch == MODEL_ARCH.LLAMA else 0
         found.append(_Tensor(plan.name, name, plan.shape, dtype, num_heads))
     if unknown:
-        raise UserError(f"--format gguf: no place for {', '.join(unknown[:5])}. {elsewhere(task.base.folder)}")
+        raise UserError(f"--format gguf: no place for {', '.join(unknown[:5])}. {elsewhere(conversion.base.folder)}")
     return found
 
 
@@ -197,14 +197,14 @@ def _pieces(merger: Merger, tensor: _Tensor) -> Iterator[torch.Tensor]:
     yield whole.view(tensor.num_heads, 2, half, -1).transpose(1, 2).flatten()
 
 
-def _metadata(writer: GGUFWriter, task: Task) -> None:
+def _metadata(writer: GGUFWriter, conversion: Conversion) -> None:
     from transformers import AutoTokenizer
 
-    config = _config(task)
+    config = _config(conversion)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
-    writer.add_name(Path(task.model.name_or_path).name)
-    writer.add_file_type(_TYPES[task.dtype][2])
+    writer.add_name(Path(conversion.model.name_or_path).name)
+    writer.add_file_type(_TYPES[conversion.dtype][2])
     # llama.cpp has no window for this architecture: as far as it reaches, both are the same.
     writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
@@ -221,8 +221,10 @@ def _metadata(writer: GGUFWriter, task: Task) -> None:
     if config.rope_parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
-    tokenizer = AutoTokenizer.from_pretrained(task.base.folder, trust_remote_code=task.model.trust_remote_code)
-    add_tokenizer(writer, task.base.folder, config.vocab_size, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(
+        conversion.base.folder, trust_remote_code=conversion.model.trust_remote_code
+    )
+    add_tokenizer(writer, conversion.base.folder, config.vocab_size, tokenizer)
 
 
 def _rope_factors(config: Any) -> "np.ndarray[Any, np.dtype[np.float32]] | None":

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from qvtune.convert.conversion import BaseChoice, Task
+from qvtune.convert.conversion import BaseChoice, Conversion
 from qvtune.convert.merge.write import Written, merged_config, write_weights
 from qvtune.convert.proof.proof import EXACT, ROUNDED, Limits
-from qvtune.convert.proof.views import Sides, merged_folder, sides_of
+from qvtune.convert.proof.views import ModelViews, merged_folder, model_views
 from qvtune.model.companions import copy_companions
 from qvtune.storage.files import write_json
 from qvtune.storage.partial import PartialOutput
@@ -15,34 +15,36 @@ from qvtune.storage.partial import PartialOutput
 PREFERS: BaseChoice | None = None
 
 
-def require(task: Task) -> None:
+def require(conversion: Conversion) -> None:
     """Whatever can be merged."""
 
 
-def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
+def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``."""
-    written = write_weights(partial, task, max_shard_bytes, num_threads)
-    copy_companions(task.base.folder, partial.folder)
-    write_json(partial.folder / "config.json", merged_config(task))
+    written = write_weights(partial, conversion, max_shard_bytes, num_threads)
+    copy_companions(conversion.base.folder, partial.folder)
+    write_json(partial.folder / "config.json", merged_config(conversion))
     return written
 
 
-def sides(task: Task, folder: Path) -> Sides:
+def views(conversion: Conversion, folder: Path) -> ModelViews:
     """As ``OutputFormat``."""
-    return sides_of(task, merged_folder(folder))
+    return model_views(conversion, merged_folder(folder))
 
 
-def limits(task: Task) -> Limits:
+def limits(conversion: Conversion) -> Limits:
     """Exact where neither the merge nor training has rounded any weight to 16 bits."""
-    trained = task.adapter.dtype
-    as_stored = all(torch.promote_types(tensor.dtype, trained) == trained for tensor in task.base.weights.values())
-    return EXACT if as_stored and task.dtype == torch.float32 else ROUNDED
+    trained = conversion.adapter.dtype
+    as_stored = all(
+        torch.promote_types(tensor.dtype, trained) == trained for tensor in conversion.base.weights.values()
+    )
+    return EXACT if as_stored and conversion.dtype == torch.float32 else ROUNDED
 
 
-def how_to_load(task: Task, title: str) -> str:
+def how_to_load(conversion: Conversion, title: str) -> str:
     """As ``OutputFormat``."""
     return (
-        f"```python\nfrom transformers import {task.auto_class}, AutoTokenizer\n\n"
-        f'model = {task.auto_class}.from_pretrained("{title}")\n'
+        f"```python\nfrom transformers import {conversion.auto_class}, AutoTokenizer\n\n"
+        f'model = {conversion.auto_class}.from_pretrained("{title}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")\n```'
     )

@@ -17,10 +17,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qvtune.convert.conversion import BaseChoice, Task
+from qvtune.convert.conversion import BaseChoice, Conversion
 from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.proof import EXACT, Limits, skeleton
-from qvtune.convert.proof.views import Side, Sides, adapted_base
+from qvtune.convert.proof.views import ModelView, ModelViews, adapted_base
 from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS
 from qvtune.convert.sources.source import SavedAdapter, open_source
@@ -33,27 +33,27 @@ _CHUNK_BYTES = 2**24
 _RELATIVE = 1e-6  # of a scaling: PEFT computes it in its own order
 
 
-def require(task: Task) -> None:
+def require(conversion: Conversion) -> None:
     """Raises UserError for a full-parameter checkpoint, and for a dtype other than the adapter's own."""
-    if task.source.saved is None:
+    if conversion.source.saved is None:
         raise UserError(
-            f"--format adapter: {task.source.path} holds matrices that were trained themselves (adapter.method: full), "
-            "which are no adapter; use --format merged"
+            f"--format adapter: {conversion.source.path} holds matrices that were trained themselves (adapter.method: "
+            "full), which are no adapter; use --format merged"
         )
-    if task.dtype != task.adapter.dtype:
+    if conversion.dtype != conversion.adapter.dtype:
         raise UserError(
             "--dtype: an adapter keeps the dtype it was saved in; leave the option out for --format adapter"
         )
 
 
-def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
+def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``; small enough to be written in one go."""
-    saved = _saved(task)
-    if task.source.fingerprint is not None:
-        _read_all(task)
-        require_base(task)
+    saved = _saved(conversion)
+    if conversion.source.fingerprint is not None:
+        _read_all(conversion)
+        require_base(conversion)
     config = _config(saved)
-    model: Any = peft.get_peft_model(_empty_base(task), config, low_cpu_mem_usage=True)
+    model: Any = peft.get_peft_model(_empty_base(conversion), config, low_cpu_mem_usage=True)
     given, names = plain_keys(saved.tensors), _todays_names(model)
     if unknown := sorted(given.keys() - names.keys()):
         raise UserError([f"{saved.where}: PEFT {peft.__version__} has no place for {name}" for name in unknown])
@@ -61,48 +61,48 @@ def write(partial: PartialOutput, task: Task, max_shard_bytes: int, num_threads:
         names[plain]: given[plain].detach().clone(memory_format=torch.contiguous_format) for plain in sorted(given)
     }
     save_file(contiguous, partial.folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(partial.folder / CONFIG, _as_json(config) | {"base_model_name_or_path": _base_name(task)})
+    write_json(partial.folder / CONFIG, _as_json(config) | {"base_model_name_or_path": _base_name(conversion)})
     num_bytes = sum(tensor.nbytes for tensor in contiguous.values())
     return Written([WEIGHTS], num_bytes, dict.fromkeys(contiguous, "adapter"), [])
 
 
-def sides(task: Task, folder: Path) -> Sides:
+def views(conversion: Conversion, folder: Path) -> ModelViews:
     """Base + adapter as given, and as read from ``folder``, both on the chosen weights."""
-    _require_peft_reads(task, folder)
-    base = task.opened_as(task.base_weights)
-    adapter = open_source(folder, base=str(task.base.folder)).adapter(base.tensors)
-    given = adapted_base(base, task.adapter)
-    written = adapted_base(base, replace(adapter, dtype=task.adapter.dtype))
-    return Sides(Side(given.names, given.read), given, given, written, other=None)
+    _require_peft_reads(conversion, folder)
+    base = conversion.opened_as(conversion.base_weights)
+    adapter = open_source(folder, base=str(conversion.base.folder)).adapter(base.tensors)
+    given = adapted_base(base, conversion.adapter)
+    written = adapted_base(base, replace(adapter, dtype=conversion.adapter.dtype))
+    return ModelViews(ModelView(given.names, given.read), given, given, written, other=None)
 
 
-def limits(task: Task) -> Limits:
+def limits(conversion: Conversion) -> Limits:
     """The same factors on the same weights."""
     return EXACT
 
 
-def how_to_load(task: Task, title: str) -> str:
+def how_to_load(conversion: Conversion, title: str) -> str:
     """As ``OutputFormat``; the base in training's dtype, and in 4 bits where its folder does not say so.
 
     transformers quantizes what it has cast before, training what is stored: hence a dtype that holds both.
     """
-    dtype, imports, four_bits, option = task.dtype, [task.auto_class], "", ""
-    if task.base.opened is not None and not task.base.opened.stored:
-        stored = (task.base.weights[name].dtype for name in task.base.quantized)
-        dtype = reduce(torch.promote_types, stored, task.dtype)
-        imports, option = [task.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
+    dtype, imports, four_bits, option = conversion.dtype, [conversion.auto_class], "", ""
+    if conversion.base.opened is not None and not conversion.base.opened.stored:
+        stored = (conversion.base.weights[name].dtype for name in conversion.base.quantized)
+        dtype = reduce(torch.promote_types, stored, conversion.dtype)
+        imports, option = [conversion.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
         four_bits = f"""nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant={task.model.double_quant},
-    bnb_4bit_compute_dtype="{_name(task.dtype)}",
+    bnb_4bit_use_double_quant={conversion.model.double_quant},
+    bnb_4bit_compute_dtype="{_name(conversion.dtype)}",
 )
 """
     return f"""```python
 from peft import PeftModel
 from transformers import {", ".join(imports)}
 
-{four_bits}base = {task.auto_class}.from_pretrained("{_base_name(task)}", dtype="{_name(dtype)}"{option})
+{four_bits}base = {conversion.auto_class}.from_pretrained("{_base_name(conversion)}", dtype="{_name(dtype)}"{option})
 model = PeftModel.from_pretrained(base, "{title}")
 ```"""
 
@@ -120,15 +120,15 @@ def _todays_names(model: Any) -> dict[str, str]:
     return saved
 
 
-def _saved(task: Task) -> SavedAdapter:
-    assert task.source.saved is not None, "require was not asked"
-    return task.source.saved
+def _saved(conversion: Conversion) -> SavedAdapter:
+    assert conversion.source.saved is not None, "require was not asked"
+    return conversion.source.saved
 
 
-def _base_name(task: Task) -> str:
+def _base_name(conversion: Conversion) -> str:
     """What ``from_pretrained`` finds wherever it is called: a hub id, or the whole path of a folder."""
-    name = task.model.name_or_path
-    return str(task.base.folder.resolve()) if name == "demo" or Path(name).exists() else name
+    name = conversion.model.name_or_path
+    return str(conversion.base.folder.resolve()) if name == "demo" or Path(name).exists() else name
 
 
 def _config(saved: SavedAdapter) -> peft.PeftConfig:
@@ -147,13 +147,13 @@ def _as_json(config: peft.PeftConfig) -> dict[str, Any]:
     return {name: sorted(values[name]) if isinstance(values[name], set) else values[name] for name in sorted(values)}
 
 
-def _empty_base(task: Task) -> Any:
+def _empty_base(conversion: Conversion) -> Any:
     """The model that was adapted: unlike the merged one its embeddings are still tied where the base's are.
 
     Its weights are one zero each: PEFT moves what it loads to the device of the base, where meta would lose it.
     """
-    settings = {name: value for name, value in task.settings.items() if name != "tie_word_embeddings"}
-    model = skeleton(task.base.folder, settings, task.model.trust_remote_code)
+    settings = {name: value for name, value in conversion.settings.items() if name != "tie_word_embeddings"}
+    model = skeleton(conversion.base.folder, settings, conversion.model.trust_remote_code)
     for name, parameter in list(model.named_parameters()):
         module, _, kind = name.rpartition(".")
         zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
@@ -162,18 +162,20 @@ def _empty_base(task: Task) -> Any:
     return model
 
 
-def _read_all(task: Task) -> None:
+def _read_all(conversion: Conversion) -> None:
     """All of the base once, for its fingerprint."""
-    for name, tensor in task.base.weights.items():
+    for name, tensor in conversion.base.weights.items():
         for start in range(0, tensor.num_bytes, _CHUNK_BYTES):
-            task.base.weights.read_bytes(name, start, min(start + _CHUNK_BYTES, tensor.num_bytes))
+            conversion.base.weights.read_bytes(name, start, min(start + _CHUNK_BYTES, tensor.num_bytes))
 
 
-def _require_peft_reads(task: Task, folder: Path) -> None:
+def _require_peft_reads(conversion: Conversion, folder: Path) -> None:
     """Raises ProofError where PEFT, loading ``folder``, does not have every given value in its place, and no other."""
-    model: Any = peft.PeftModel.from_pretrained(_empty_base(task), folder, low_cpu_mem_usage=True, torch_device="cpu")
+    model: Any = peft.PeftModel.from_pretrained(
+        _empty_base(conversion), folder, low_cpu_mem_usage=True, torch_device="cpu"
+    )
     loaded, file = get_peft_model_state_dict(model, save_embedding_layers=True), load_file(folder / WEIGHTS)
-    given = plain_keys(_saved(task).tensors)
+    given = plain_keys(_saved(conversion).tensors)
     by_plain_name = plain_keys({name: name for name in file})
     problems = [f"{name} is written, but was not given" for name in sorted(by_plain_name.keys() - given.keys())]
     for plain, tensor in given.items():
@@ -182,7 +184,7 @@ def _require_peft_reads(task: Task, folder: Path) -> None:
             problems.append(f"{plain} is not what PEFT has after loading the folder")
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            expected = _saved(task).config.scaling(path.removeprefix("base_model.model."))
+            expected = _saved(conversion).config.scaling(path.removeprefix("base_model.model."))
             if not math.isclose(module.scaling["default"], expected, rel_tol=_RELATIVE):
                 problems.append(f"{path}: PEFT scales by {module.scaling['default']}, training did by {expected}")
     if problems:

@@ -10,7 +10,7 @@ import torch
 
 import qvtune
 from qvtune.console import console
-from qvtune.convert.conversion import Task
+from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.tensors import MatrixUpdate, Merger
 from qvtune.model import fingerprint
 from qvtune.storage.checksum import partial_checksum
@@ -31,14 +31,18 @@ class Written:
     kept: float | None = None
 
 
-def made_from(task: Task, max_shard_bytes: int) -> dict[str, Any]:
+def made_from(conversion: Conversion, max_shard_bytes: int) -> dict[str, Any]:
     """All that decides the bytes of the files, as JSON: a merge that was cut off goes on only where it is the same."""
     return {
         "qvtune": qvtune.__version__,
-        "adapter": [_identity(task.adapter.changes), _identity(task.adapter.added), str(task.adapter.dtype)],
-        "base": task.base.weights.stamps(),
-        "base_weights": [task.base_weights, task.model.double_quant],
-        "dtype": str(task.dtype),
+        "adapter": [
+            _identity(conversion.adapter.changes),
+            _identity(conversion.adapter.added),
+            str(conversion.adapter.dtype),
+        ],
+        "base": conversion.base.weights.stamps(),
+        "base_weights": [conversion.base_weights, conversion.model.double_quant],
+        "dtype": str(conversion.dtype),
         "max_shard_bytes": max_shard_bytes,
     }
 
@@ -55,58 +59,60 @@ def _identity(value: Any) -> Any:
     return repr(value)
 
 
-def write_weights(partial_output: PartialOutput, task: Task, max_shard_bytes: int, num_threads: int) -> Written:
+def write_weights(
+    partial_output: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int
+) -> Written:
     """Write all files that an earlier start has not finished, and the index.
 
     Raises UserError where the base is not the one of the checkpoint's fingerprint, holds NaN or infinite values, or a
     value does not fit the dtype, DiskFullError where there is no room.
     """
-    merger = Merger(task.base, task.adapter, task.dtype)
+    merger = Merger(conversion.base, conversion.adapter, conversion.dtype)
     plans = merger.plan()
     files = plan_files(plans, max_shard_bytes)
     partial_output.require_room(files)
-    recall(partial_output, task, merger)
+    recall(partial_output, conversion, merger)
     with one_thread():  # all cores are busy with tensors of their own
         for number, (file, shard) in enumerate(files.items(), start=1):
             write = partial(write_file, plans=shard, pieces=merger.pieces, num_threads=num_threads)
-            partial_output.write(file, write, partial(notes, task, merger, {plan.name for plan in shard}))
+            partial_output.write(file, write, partial(notes, conversion, merger, {plan.name for plan in shard}))
             console().print(f"{number}/{len(files)} {file}")
-    require_base(task)
+    require_base(conversion)
     write_index(partial_output.folder, files)
     kinds = {plan.name: merger.kind(plan.name) for plan in plans}
     updates = [merger.updates[plan.name] for plan in plans if plan.name in merger.updates]
     return Written(list(files), sum(plan.num_bytes for plan in plans), kinds, updates)
 
 
-def recall(partial_output: PartialOutput, task: Task, merger: Merger) -> None:
+def recall(partial_output: PartialOutput, conversion: Conversion, merger: Merger) -> None:
     """Take over what an earlier start has noted of the files that it finished."""
     for noted in partial_output.notes():
-        task.base.weights.checksums.update(noted["base"])
+        conversion.base.weights.checksums.update(noted["base"])
         merger.updates |= {entry["name"]: MatrixUpdate(**entry) for entry in noted["updates"]}
 
 
-def notes(task: Task, merger: Merger, names: set[str]) -> dict[str, Any]:
+def notes(conversion: Conversion, merger: Merger, names: set[str]) -> dict[str, Any]:
     """What the next start has to know of the tensors of a file that it will not read again."""
-    task.base.require_finite()
+    conversion.base.require_finite()
     updates = [asdict(merger.updates[name]) for name in sorted(names & merger.updates.keys())]
-    return {"updates": updates, "base": dict(task.base.weights.checksums)}
+    return {"updates": updates, "base": dict(conversion.base.weights.checksums)}
 
 
-def require_base(task: Task) -> None:
+def require_base(conversion: Conversion) -> None:
     """Compare all that has been read of the base with what the checkpoint was trained on, where it says so.
 
     Raises UserError naming the tensors that differ, or that hold NaN or infinite values.
     """
-    content, expected = task.base.content(), task.source.fingerprint
+    content, expected = conversion.base.content(), conversion.source.fingerprint
     if expected is not None:
-        advice = f"{task.source.path} was trained on another base; give that one"
+        advice = f"{conversion.source.path} was trained on another base; give that one"
         fingerprint.require_same(expected, content, "the base (model.name_or_path)", advice)
 
 
-def merged_config(task: Task) -> dict[str, Any]:
-    """The base's config.json for the merged weights, which are to be computed with in ``task.dtype``."""
-    config: dict[str, Any] = json.loads((task.base.folder / "config.json").read_text(encoding="utf-8"))
+def merged_config(conversion: Conversion) -> dict[str, Any]:
+    """The base's config.json for the merged weights, which are to be computed with in ``conversion.dtype``."""
+    config: dict[str, Any] = json.loads((conversion.base.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # what "dtype" was called before transformers 4.56
     config.pop("quantization_config", None)
-    dtype = str(task.dtype).removeprefix("torch.")
-    return {**config, **task.settings, "dtype": dtype}
+    dtype = str(conversion.dtype).removeprefix("torch.")
+    return {**config, **conversion.settings, "dtype": dtype}

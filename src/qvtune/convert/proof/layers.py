@@ -2,7 +2,7 @@
 
 The model's own forward does everything but the layers: in their places stand stations that note how they are called.
 The calls are then repeated layer by layer, all texts through one before the next is loaded. Forward is run once more
-with the last station giving what the last layer gave. Nothing here knows what a layer looks like inside.
+with the last stub giving what the last layer gave. Nothing here knows what a layer looks like inside.
 
 Shape suffixes: T positions of a text, D hidden size, V vocabulary (or classes).
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qvtune.convert.merge.changes import LowRank
-from qvtune.convert.proof.views import Side, unmerged
+from qvtune.convert.proof.views import ModelView, unmerged
 from qvtune.errors import UserError
 
 _HEAD_WEIGHTS = 2**24  # of the output head, in memory at a time: 64 MiB in fp32
@@ -36,7 +36,7 @@ class _Pass:
     finished: bool = False
 
 
-class _Station(nn.Module):
+class _LayerStub(nn.Module):
     """Stands in for a layer; what forward wants to know of the layer, it gets from the layer."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -63,7 +63,7 @@ class _Station(nn.Module):
 
 
 class LayeredModel:
-    """An architecture without weights; each ``Side`` lends it its own.
+    """An architecture without weights; each ``ModelView`` lends it its own.
 
     ``skeleton``: a transformers model with its parameters on the meta device and real buffers. Raises UserError where
     it has no list of layers.
@@ -74,9 +74,9 @@ class LayeredModel:
         names = {id(parameter): name for name, parameter in skeleton.named_parameters()}  # tied ones: the first
         path, modules = _find_layers(skeleton)
         self._layers = {f"{path}.{index}": layer for index, layer in enumerate(modules)}
-        self._stations = [_Station(layer) for layer in modules]
-        for index, station in enumerate(self._stations):
-            modules[index] = station
+        self._stubs = [_LayerStub(layer) for layer in modules]
+        for index, stub in enumerate(self._stubs):
+            modules[index] = stub
         self._embedding: nn.Embedding = skeleton.get_input_embeddings()
         self._embedding_name = names[id(self._embedding.weight)]
         self._head: nn.Module = skeleton.get_output_embeddings() or nn.Module()  # a classifier has none
@@ -101,64 +101,66 @@ class LayeredModel:
         spelled = [form for one in names for form in (one, one.removeprefix(self._prefix), f"{self._prefix}{one}")]
         return next((form for form in spelled if form in stored), None)
 
-    def _stored(self, name: str, side: Side) -> str:
-        found = self._find(name, side.names)
+    def _stored(self, name: str, view: ModelView) -> str:
+        found = self._find(name, view.names)
         assert found is not None, f"{name}: require_names was not asked"
         return found
 
     @torch.no_grad()
-    def logits(self, sides: Sequence[Side], texts: Texts) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-        """Index of a text, first of some vocabulary entries, and from each side their fp32 logits [T, V].
+    def logits(self, views: Sequence[ModelView], texts: Texts) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+        """Index of a text, first of some vocabulary entries, and from each view their fp32 logits [T, V].
 
-        Of neighbouring sides with the same ``read`` a layer is read once.
+        Of neighbouring views with the same ``read`` a layer is read once.
         """
-        outside = [{name: side.rows(self._stored(name, side)) for name in self._outside} for side in sides]
-        passes = [self._enter(side, weights, texts) for side, weights in zip(sides, outside, strict=True)]
+        outside = [{name: view.rows(self._stored(name, view)) for name in self._outside} for view in views]
+        passes = [self._enter(view, weights, texts) for view, weights in zip(views, outside, strict=True)]
         for number, (path, layer) in enumerate(self._layers.items()):
-            for _, group in groupby(zip(sides, passes, strict=True), key=lambda pair: pair[0].read):
+            for _, group in groupby(zip(views, passes, strict=True), key=lambda pair: pair[0].read):
                 read: dict[str, torch.Tensor] = {}
-                for side, of_side in group:
-                    self._run_layer(layer, path, number, side, of_side, read)
-        for first, heads in self._read_heads(sides):
+                for view, of_view in group:
+                    self._run_layer(layer, path, number, view, of_view, read)
+        for first, heads in self._read_heads(views):
             for index in range(len(texts)):
-                text = [of_side[index] for of_side in passes]
+                text = [of_view[index] for of_view in passes]
                 yield index, first, [self._leave(*given) for given in zip(outside, heads, text, strict=True)]
 
-    def _enter(self, side: Side, weights: Weights, texts: Texts) -> list[_Pass]:
+    def _enter(self, view: ModelView, weights: Weights, texts: Texts) -> list[_Pass]:
         """All that forward does before the layers."""
-        self._lend(weights, self._rows_of_head(side, 0, 1))  # as little as possible of the head: nobody looks at logits
-        passes = [_Pass(embeddings, embeddings) for embeddings in self._embed(side, texts)]
+        self._set_weight(
+            weights, self._rows_of_head(view, 0, 1)
+        )  # as little as possible of the head: nobody looks at logits
+        passes = [_Pass(embeddings, embeddings) for embeddings in self._embed(view, texts)]
         for text in passes:
             self._forward(text)
             text.finished = True
-            if len(text.arguments) != len(self._stations):
+            if len(text.arguments) != len(self._stubs):
                 raise UserError(_not_streamable(self._model, "calls its layers otherwise than once each"))
         return passes
 
-    def _embed(self, side: Side, texts: Texts) -> list[torch.Tensor]:
+    def _embed(self, view: ModelView, texts: Texts) -> list[torch.Tensor]:
         """[1, T, D] of each text from the model's own embedding, of which only the rows in use are read."""
         ids = torch.tensor(sorted({token for text in texts for token in text}))
-        stored = self._stored(self._embedding_name, side)
-        rows = [side.rows(stored, token, token + 1) for token in ids.tolist()]
-        _lend(self._embedding, "weight", torch.cat(rows))
+        stored = self._stored(self._embedding_name, view)
+        rows = [view.rows(stored, token, token + 1) for token in ids.tolist()]
+        _set_weight(self._embedding, "weight", torch.cat(rows))
         return [self._embedding(torch.searchsorted(ids, torch.tensor([text]))) for text in texts]
 
     def _run_layer(
-        self, layer: nn.Module, path: str, number: int, side: Side, passes: Sequence[_Pass], read: dict[str, Any]
+        self, layer: nn.Module, path: str, number: int, view: ModelView, passes: Sequence[_Pass], read: dict[str, Any]
     ) -> None:
-        """Take all texts of a side through one layer; ``read`` keeps what the base has there for the next side."""
+        """Take all texts of a view through one layer; ``read`` keeps what the base has there for the next view."""
         empty, hooks = dict(layer.named_parameters()), []
         for name in empty:
             owner, kind = _owner(layer, name)
-            stored = self._stored(f"{path}.{name}", side)
+            stored = self._stored(f"{path}.{name}", view)
             if stored not in read:
-                read[stored] = side.read(stored, 0, None).float()
-            change, weight = side.changes.get(stored), read[stored]
+                read[stored] = view.read(stored, 0, None).float()
+            change, weight = view.changes.get(stored), read[stored]
             if isinstance(change, LowRank):
                 hooks.append(owner.register_forward_hook(unmerged(change)))
             elif change is not None:
                 weight = change.apply(weight)
-            _lend(owner, kind, weight)
+            _set_weight(owner, kind, weight)
         for text in passes:
             args, kwargs = text.arguments[number]
             text.hidden_1TD = layer(text.hidden_1TD, *args, **kwargs)
@@ -168,38 +170,38 @@ class LayeredModel:
             hook.remove()
         for name, parameter in empty.items():
             owner, kind = _owner(layer, name)
-            _lend(owner, kind, parameter)
+            _set_weight(owner, kind, parameter)
 
-    def _read_heads(self, sides: Sequence[Side]) -> Iterator[tuple[int, list[Weights]]]:
-        """First entry of a part of the vocabulary, and each side's head for it."""
+    def _read_heads(self, views: Sequence[ModelView]) -> Iterator[tuple[int, list[Weights]]]:
+        """First entry of a part of the vocabulary, and each view's head for it."""
         if not self._head_names:
-            yield 0, [{} for _ in sides]
+            yield 0, [{} for _ in views]
             return
         num_entries, width = self._head_shape
         step = max(1, _HEAD_WEIGHTS // width)
         for first in range(0, num_entries, step):
             last = min(first + step, num_entries)
-            yield first, [self._rows_of_head(side, first, last) for side in sides]
+            yield first, [self._rows_of_head(view, first, last) for view in views]
 
-    def _rows_of_head(self, side: Side, first: int, last: int) -> Weights:
-        return {kind: side.rows(self._stored(name, side), first, last) for kind, name in self._head_names.items()}
+    def _rows_of_head(self, view: ModelView, first: int, last: int) -> Weights:
+        return {kind: view.rows(self._stored(name, view), first, last) for kind, name in self._head_names.items()}
 
     def _leave(self, outside: Weights, head: Weights, text: _Pass) -> torch.Tensor:
         """All that forward does behind the layers."""
-        self._lend(outside, head)
+        self._set_weight(outside, head)
         logits: torch.Tensor = self._forward(text).logits[0]
         return logits.reshape(-1, logits.shape[-1])
 
     def _forward(self, text: _Pass) -> Any:
-        for station in self._stations:
-            station.text = text
+        for stub in self._stubs:
+            stub.text = text
         return self._model(inputs_embeds=text.embeddings_1TD, use_cache=False)
 
-    def _lend(self, outside: Weights, head: Weights) -> None:
+    def _set_weight(self, outside: Weights, head: Weights) -> None:
         for name, weight in outside.items():
-            _lend(*_owner(self._model, name), weight)
+            _set_weight(*_owner(self._model, name), weight)
         for kind, weight in head.items():
-            _lend(self._head, kind, weight)
+            _set_weight(self._head, kind, weight)
 
 
 def _find_layers(skeleton: Any) -> tuple[str, nn.ModuleList]:
@@ -225,5 +227,5 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), kind
 
 
-def _lend(module: nn.Module, kind: str, weight: torch.Tensor) -> None:
+def _set_weight(module: nn.Module, kind: str, weight: torch.Tensor) -> None:
     module._parameters[kind] = nn.Parameter(weight, requires_grad=False)

@@ -1,9 +1,9 @@
 """Proof that a merged folder computes what base and adapter compute: the logits of both on the same texts.
 
-The adapted side evaluates the adapter beside the base's weights, as PEFT does, with none of the merge's code; the
-merged side reads what was written. Each has the weights of its own dtype, but all compute in float32: with bfloat16
+The adapted view evaluates the adapter beside the base's weights, as PEFT does, with none of the merge's code; the
+merged view reads what was written. Each has the weights of its own dtype, but all compute in float32: with bfloat16
 arithmetic even a model and its float32 twin agree on 97 % of the first choices only (SmolLM2-135M), which would hide a
-wrong merge. One layer of one side is in memory at a time, so a proof runs wherever a merge does.
+wrong merge. One layer of one view is in memory at a time, so a proof runs wherever a merge does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import torch
 from qvtune.convert.proof.compare import Difference, LogitSums, summary
 from qvtune.convert.proof.layers import LayeredModel
 from qvtune.convert.proof.texts import Text
-from qvtune.convert.proof.views import Sides
+from qvtune.convert.proof.views import ModelViews
 from qvtune.errors import UserError
 from qvtune.model.skeleton import without_weights
 
@@ -74,10 +74,10 @@ class Result:
     losses: Losses | None
 
 
-def prove(model: LayeredModel, sides: Sides, texts: Sequence[Text], limits: Limits) -> Result:
-    """Run all sides on all texts and compare them."""
-    present = {field.name: side for field in fields(sides) if (side := getattr(sides, field.name)) is not None}
-    if sides.reference is sides.adapted:
+def prove(model: LayeredModel, views: ModelViews, texts: Sequence[Text], limits: Limits) -> Result:
+    """Run all views on all texts and compare them."""
+    present = {field.name: view for field in fields(views) if (view := getattr(views, field.name)) is not None}
+    if views.reference is views.adapted:
         del present["reference"]
     at = {name: index for index, name in enumerate(present)}
     pairs = {"proof": (at.get("reference", at["adapted"]), at["merged"])}

@@ -10,18 +10,18 @@ from torch import nn
 
 from qvtune.convert.merge.base import MergeBase
 from qvtune.convert.merge.changes import Adapter, Change, LowRank
-from qvtune.convert.merge.tensors import Merger, change_of_rows, goes_by_rows
+from qvtune.convert.merge.tensors import Merger
 from qvtune.storage.safetensors import open_weights
 
 if TYPE_CHECKING:
-    from qvtune.convert.conversion import Task
+    from qvtune.convert.conversion import Conversion
 
 # Name of a stored tensor, first and last row (None: to its end) -> these rows.
 ReadRows = Callable[[str, int, int | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Side:
+class ModelView:
     """A model: the tensors ``names`` that ``read`` gives, and ``changes`` that an adapter makes of some of them."""
 
     names: Collection[str]
@@ -31,39 +31,39 @@ class Side:
     def rows(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows ``[first, last)`` in fp32, with the change applied."""
         change = self.changes.get(name)
-        if change is not None and not goes_by_rows(change):
+        if change is not None and not change.is_row_wise:
             return change.apply(self.read(name, 0, None).float())[first:last]
         rows = self.read(name, first, last).float()
-        return rows if change is None else change_of_rows(change, first, first + len(rows)).apply(rows)
+        return rows if change is None else change.rows(first, first + len(rows)).apply(rows)
 
 
 @dataclass(frozen=True)
-class Sides:
+class ModelViews:
     """``adapted`` is what was trained; ``reference`` is base + adapter on the weights that were chosen, most often the
     same; ``other`` what a merge with the other choice of weights would give, where there is one."""
 
-    before: Side
-    adapted: Side
-    reference: Side
-    merged: Side
-    other: Side | None
+    before: ModelView
+    adapted: ModelView
+    reference: ModelView
+    merged: ModelView
+    other: ModelView | None
 
 
-def sides_of(task: "Task", merged: Side) -> Sides:
+def model_views(conversion: "Conversion", merged: ModelView) -> ModelViews:
     """The models around a merge. The base is opened again: a merge sums up what it reads."""
-    chosen = adapted_base(task.opened_as(task.base_weights), task.adapter)
+    chosen = adapted_base(conversion.opened_as(conversion.base_weights), conversion.adapter)
     trained, other = chosen, None
-    if task.other_choice is not None:
-        opened = task.opened_as(task.other_choice)
-        other = as_merged(opened, task.adapter, task.dtype)
-        if task.other_choice == "dequantized":  # and quantized it was, since there is a choice
-            trained = adapted_base(opened, task.adapter)
-    return Sides(Side(trained.names, trained.read), trained, chosen, merged, other)
+    if conversion.other_choice is not None:
+        opened = conversion.opened_as(conversion.other_choice)
+        other = as_merged(opened, conversion.adapter, conversion.dtype)
+        if conversion.other_choice == "dequantized":  # and quantized it was, since there is a choice
+            trained = adapted_base(opened, conversion.adapter)
+    return ModelViews(ModelView(trained.names, trained.read), trained, chosen, merged, other)
 
 
-def adapted_base(base: MergeBase, adapter: Adapter) -> Side:
+def adapted_base(base: MergeBase, adapter: Adapter) -> ModelView:
     """The base as training in ``adapter.dtype`` sees it, and the adapter beside it."""
-    return Side(
+    return ModelView(
         (base.tensors.keys() - adapter.dropped) | adapter.added.keys(), _base_rows(base, adapter), adapter.changes
     )
 
@@ -77,18 +77,18 @@ def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
     return read
 
 
-def merged_folder(folder: Path) -> Side:
+def merged_folder(folder: Path) -> ModelView:
     """What has been written."""
     weights = open_weights(folder, any_dtype=True)
     return as_stored(MergeBase(folder, weights, weights.tensors, {}, None))
 
 
-def as_stored(base: MergeBase) -> Side:
+def as_stored(base: MergeBase) -> ModelView:
     """A model of tensors as they are, those in 4 bits dequantized."""
-    return Side(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last))
+    return ModelView(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last))
 
 
-def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> Side:
+def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> ModelView:
     """What a merge into ``base`` would write."""
     merger = Merger(base, adapter, dtype)
     plans = {plan.name: plan for plan in merger.plan()}
@@ -98,7 +98,7 @@ def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> Side:
             return _rows_of(base, name, first, last)
         return torch.cat(list(merger.pieces(name))).view(plans[name].shape)[first:last]
 
-    return Side(plans.keys(), read)
+    return ModelView(plans.keys(), read)
 
 
 def _rows_of(base: MergeBase, name: str, first: int, last: int | None) -> torch.Tensor:

@@ -40,7 +40,7 @@ def plain_keys(stored: Mapping[str, _Value]) -> dict[str, _Value]:
 def model_names(wanted: Iterable[str], base: Collection[str]) -> dict[str, str]:
     """Name in the trained model -> name in the base's files, for each tensor of ``base``.
 
-    Of all prefixes that one side may have and the other not, the one under which most of ``wanted`` are found.
+    Of all prefixes that one of the two may have and the other not, the one under which most of ``wanted`` are found.
     """
     wanted = set(wanted)
     candidates = [dict(zip(base, base, strict=True))]

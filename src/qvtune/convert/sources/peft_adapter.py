@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qvtune.convert.merge.changes import Adapter, Both, Change, LowRank, Replaced, RowsReplaced
-from qvtune.convert.sources.heads import head_settings, is_other_head
+from qvtune.convert.merge.changes import Adapter, Change, Composed, LowRank, Replaced, RowsReplaced
+from qvtune.convert.sources.heads import OUTPUT, head_settings, input_of, is_other_head, untie
 from qvtune.convert.sources.names import model_names, plain_keys
 from qvtune.convert.sources.peft_config import HEAD_TASKS, PeftConfig
-from qvtune.convert.sources.tied import OUTPUT, input_of, keep_or_untie
 from qvtune.errors import UserError
 from qvtune.storage.safetensors import StoredTensor
 
@@ -75,9 +74,9 @@ class _Reader:
             else:
                 self.saved[key] = tensor
         wanted = [f"{module}.weight" for module in (*self.parts, *self.tokens)]
-        task = self.config.get("task_type")
+        task_type = self.config.get("task_type")
         names = model_names([*wanted, *self.saved], self.base)
-        self.names = {name: found for name, found in names.items() if not is_other_head(name, task)}
+        self.names = {name: found for name, found in names.items() if not is_other_head(name, task_type)}
 
     def changes(self) -> dict[str, Change]:
         """Every change; what has no place in the base is either new (``modules_to_save``) or a problem."""
@@ -93,7 +92,7 @@ class _Reader:
         for module, parts in self.parts.items():
             name = f"{module}.weight"
             if change := self._low_rank(module, parts):
-                changes[name] = Both(changes[name], change) if name in changes else change
+                changes[name] = Composed(changes[name], change) if name in changes else change
         self.problems += self._missing()
         return changes
 
@@ -206,9 +205,10 @@ def _placed(
     plain: Mapping[str, Tensor],
 ) -> Adapter:
     """Names of the trained model become names of the base; what it does not have is added."""
-    task, folder = config.get("task_type"), _folder(base)
-    settings = head_settings(task, changes, folder)
-    untied, more_settings = keep_or_untie(task, bool(config.get("ensure_weight_tying")), changes, names, base)
+    task_type = config.get("task_type")
+    settings = head_settings(task_type, changes, _folder(base))
+    trained_tied = bool(config.get("ensure_weight_tying"))
+    untied, more_settings = ({}, {}) if task_type in HEAD_TASKS else untie(trained_tied, changes, names, base)
     added = {name: one.tensor for name, one in changes.items() if name not in names and isinstance(one, Replaced)}
     factors = [tensor.dtype for key, tensor in plain.items() if _PART.fullmatch(key)]
     return Adapter(

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,15 @@ from torch import Tensor
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.state import TRAINED, TrainerState, load_trainer_state, trained_base
 from qvtune.config.schema import ModelSection
-from qvtune.convert.merge.changes import Adapter
+from qvtune.convert.merge.changes import Adapter, LazyReplacement
 from qvtune.convert.sources.deepspeed import open_zero, step_folder
-from qvtune.convert.sources.full import full_adapter, trained_dtype
 from qvtune.convert.sources.peft_adapter import peft_adapter
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS, PeftConfig
 from qvtune.errors import UserError
 from qvtune.model.fingerprint import Fingerprint
-from qvtune.storage.safetensors import StoredTensor
+from qvtune.storage.safetensors import StoredTensor, read_headers
 
+ReadAdapter = Callable[[Mapping[str, StoredTensor]], Adapter]  # a base's tensors -> what is done to them
 Kind = Literal["checkpoint", "full", "peft", "deepspeed"]
 _PICKLE = "adapter_model.bin"
 _KINDS = (
@@ -64,12 +65,8 @@ class Source:
     step: int | None
     state: TrainerState | None
     fingerprint: Fingerprint | None
-    read: Callable[[Mapping[str, StoredTensor]], Adapter]
+    adapter: ReadAdapter
     saved: SavedAdapter | None = None
-
-    def adapter(self, base: Mapping[str, StoredTensor]) -> Adapter:
-        """What is to be done to ``base``. Raises UserError listing all that does not fit."""
-        return self.read(base)
 
 
 def open_source(path: Path, *, base: str | None = None, allow_pickle: bool = False) -> Source:
@@ -106,8 +103,10 @@ def _open_ours(folder: Path, base: str | None) -> Source:
         model = model.model_copy(update={"name_or_path": base})
     is_full = (folder / TRAINED).is_file()
     saved = None
+    read: ReadAdapter
     if is_full:
-        dtype, read = trained_dtype(folder / TRAINED), _full_reader(folder / TRAINED)
+        dtype = next((tensor.dtype for tensor in read_headers([folder / TRAINED]).values()), torch.float32)
+        read = partial(_full_adapter, folder / TRAINED, dtype)
     else:
         saved = SavedAdapter(str(folder / WEIGHTS), _read_config(folder / CONFIG), load_file(folder / WEIGHTS))
         dtype, read = next((tensor.dtype for tensor in saved.tensors.values()), torch.float32), saved.adapter
@@ -119,7 +118,7 @@ def _open_ours(folder: Path, base: str | None) -> Source:
         step=state.step,
         state=state,
         fingerprint=trained_base(folder),
-        read=read,
+        adapter=read,
         saved=saved,
     )
 
@@ -184,11 +183,22 @@ def _foreign(folder: Path, kind: Kind, base: str | None, step: int | None, saved
             f"--revision {revision}`) and give its folder with --base"
         )
     model = ModelSection(name_or_path=name, quantization="none")
-    return Source(folder, kind, model, None, step, state=None, fingerprint=None, read=saved.adapter, saved=saved)
+    return Source(folder, kind, model, None, step, state=None, fingerprint=None, adapter=saved.adapter, saved=saved)
 
 
-def _full_reader(file: Path) -> Callable[[Mapping[str, StoredTensor]], Adapter]:
-    return lambda base: full_adapter(file, base)
+def _full_adapter(file: Path, dtype: torch.dtype, base: Mapping[str, StoredTensor]) -> Adapter:
+    """Every tensor of ``trained.safetensors`` replaces the base's. Raises UserError listing all that do not fit."""
+    trained = read_headers([file])
+    problems = [f"{file}: holds no tensors"] if not trained else []
+    for name, tensor in trained.items():
+        if name not in base:
+            problems.append(f"{file}: {name} {list(tensor.shape)} has no place in the base")
+        elif tensor.shape != base[name].shape:
+            found, expected = list(tensor.shape), list(base[name].shape)
+            problems.append(f"{file}: {name} has shape {found}, the base needs {expected}")
+    if problems:
+        raise UserError([*problems, "the checkpoint and the base must belong together; give another base with --base"])
+    return Adapter({name: LazyReplacement(tensor) for name, tensor in trained.items()}, dtype)
 
 
 def _read_config(path: Path) -> PeftConfig:
