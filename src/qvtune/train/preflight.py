@@ -77,14 +77,7 @@ def preflight(
     """
     checks = _Checks()
     found = _inspect(config, world_size, on_gpus, checks)
-    rows: dict[str, TokenRows | None] = {}
-    for setting, source in _sources(config):
-        poll()
-        if found.tokenizer is None:  # rows can be bad as well
-            checks.run(partial(_check_rows, setting, source, config))
-        else:
-            build = partial(_token_rows, setting, source, config, found.tokenizer, poll_alone)
-            rows[setting] = checks.run_once_per_host(build)
+    rows = _tokenize(config, found.tokenizer, checks, poll, poll_alone)
     checks.raise_all()
     assert found.folder is not None and found.deepspeed_config is not None and found.layer_numel is not None
     train_rows, eval_rows = rows["data.train"], rows.get("data.eval")
@@ -102,6 +95,22 @@ def preflight(
         pad_token_id=_pad_token_id(found.tokenizer),
         max_steps=_max_steps(config, len(train_rows)),
     )
+
+
+def _tokenize(
+    config: RunConfig, tokenizer: Any, checks: "_Checks", poll: Poll, poll_alone: Poll
+) -> dict[str, TokenRows | None]:
+    """Setting -> its rows. Without a tokenizer they are only read, since rows can be bad too."""
+    rows: dict[str, TokenRows | None] = {}
+    for setting, source in _sources(config):
+        poll()
+        if tokenizer is None:
+            checks.run(partial(_check_rows, setting, source, config))
+        else:
+            rows[setting] = checks.run_once_per_host(
+                partial(_token_rows, setting, source, config, tokenizer, poll_alone)
+            )
+    return rows
 
 
 def find_problems(config: RunConfig, world_size: int, *, on_gpus: bool | None = None) -> list[str]:
