@@ -24,6 +24,7 @@ from rich.table import Table
 from qvtune.checkpoint import folder, state
 from qvtune.config.schema import ModelSection
 from qvtune.convert.merge.base import open_merge_base
+from qvtune.model.fingerprint import ContentChecksums
 from tests.benchmarks.load import CONFIG, make_model
 from tests.model.sparse import llama_shapes
 from tests.support.processes import run_command
@@ -80,9 +81,10 @@ def make_run(run: Path, base: Path, config: dict[str, Any], quantization: Litera
     section = ModelSection(name_or_path=str(base), quantization=quantization)
     trainer = state.TrainerState(step=1, trajectory={"model": section.model_dump()})
     opened = open_merge_base(base, ModelSection(quantization="none"), torch.bfloat16)
+    checksums = ContentChecksums(opened.weights)
     for name in opened.tensors:
-        opened.weights.read_flat(name)
-    content = opened.content()
+        checksums.add(name, opened.weights.read(name))
+    content = opened.fingerprint(checksums)
     folder.write(run / "checkpoints", 1, lambda path: state.save(path, factors, peft_config, trainer, content))
     return run
 

@@ -46,7 +46,7 @@ def merged_by_us(adapter: Path, *, allow_pickle: bool = False, base: Path | None
     ours, opened = conversion.adapter, conversion.base
     merged = {}
     for name in opened.tensors.keys() - ours.dropped:
-        value = opened.weights.read_flat(name).view(opened.tensors[name].shape)
+        value = opened.weights.read(name).view(opened.tensors[name].shape)
         merged[name] = ours.changes[name].apply(value.float()) if name in ours.changes else value
     assert not ours.added.keys() & merged.keys()
     return merged | {name: tensor.float() for name, tensor in ours.added.items()}, ours

@@ -26,7 +26,7 @@ from qvtune.data.batch import collate
 from qvtune.distributed import process_group
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested, UserError
-from qvtune.model.fingerprint import content_of
+from qvtune.model.fingerprint import ContentChecksums
 from qvtune.model.nf4 import NF4Linear
 from qvtune.system import peak_rss_bytes
 from qvtune.train import loop
@@ -61,7 +61,7 @@ def train(
     with (
         SignalAt(**signal_at).patched() if signal_at else nullcontext(),
         patch("qvtune.train.preflight.choose_attention", lambda setting, dtype: (attention, "of the test")),
-        patch("qvtune.model.loader.fingerprint.content_of", (lambda *_: {}) if unchecked_base else content_of),
+        patch.object(ContentChecksums, "fingerprint", lambda *_: {}) if unchecked_base else nullcontext(),
     ):
         try:
             return {"code": loop.train(RunConfig.model_validate(config))}

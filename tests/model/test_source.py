@@ -45,7 +45,7 @@ def write_header(folder: Path, header: bytes, data: bytes = b"") -> None:
 )
 def test_ranges_equal_safetensors(folder: Path, name: str, start: int, end: int) -> None:
     weights = open_weights(folder)
-    actual = weights.read_flat(name, start, end)
+    actual = weights.read(name, start, end)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         expected = file.get_tensor(name).flatten()[start:end]
     assert actual.dtype == expected.dtype
@@ -58,7 +58,7 @@ def test_without_a_range_the_whole_tensor_is_read_and_counted(folder: Path) -> N
     assert weights.bytes_read == 0, "headers are not weights"
     assert weights.keys() == TENSORS.keys() and len(weights) == 4
     for name, tensor in TENSORS.items():
-        assert torch.equal(weights.read_flat(name), tensor.flatten())
+        assert torch.equal(weights.read(name), tensor.flatten())
         assert weights[name].shape == tuple(tensor.shape)
         assert weights[name].numel == tensor.numel()
     assert weights.bytes_read == sum(tensor.nbytes for tensor in TENSORS.values())
@@ -70,7 +70,7 @@ def test_an_indexed_folder_holds_all_tensors(tmp_path: Path) -> None:
     assert len({tensor.file for tensor in sharded.values()}) >= 3
     assert sharded.keys() == whole.keys()
     for name in whole:
-        assert torch.equal(sharded.read_flat(name), whole.read_flat(name))
+        assert torch.equal(sharded.read(name), whole.read(name))
 
 
 def test_no_weights(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_that_shrinks_after_it_was_opened(folder: Path) -> None:
     last = max(weights.values(), key=lambda tensor: tensor.offset)
     last.file.write_bytes(last.file.read_bytes()[: last.offset + 1])
     with pytest.raises(UserError, match=f"ends inside tensor '{last.name}'"):
-        weights.read_flat(last.name)
+        weights.read(last.name)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,11 @@ class Conversion:
         """The class of transformers that loads the merged model."""
         return "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"
 
-    def opened_as(self, choice: BaseChoice) -> MergeBase:
-        """The base once more, nothing of it read yet, with the weights of this or of the other choice."""
-        quantization = self.source.model.quantization if choice == "dequantized" else "none"
+    def open_other_base(self) -> MergeBase | None:
+        """The base with the weights of ``other_choice``; None where there is none."""
+        if self.other_choice is None:
+            return None
+        quantization = self.source.model.quantization if self.other_choice == "dequantized" else "none"
         model = self.source.model.model_copy(update={"quantization": quantization})
         return open_merge_base(self.base.folder, model, self.adapter.dtype)
 

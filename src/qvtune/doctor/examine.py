@@ -24,7 +24,7 @@ from qvtune.doctor.needs import Needs, needs_of, open_folder
 from qvtune.doctor.network import Link
 from qvtune.errors import UserError
 from qvtune.model.attention import choose_dtype
-from qvtune.storage.safetensors import BaseWeights
+from qvtune.storage.safetensors import TensorFiles
 
 # Seconds after the start: a node that has not come by then is missing; the collective is ended; the table is printed.
 _ARRIVAL, _COLLECTIVE, _END = 32.0, 50.0, 54.0
@@ -97,7 +97,7 @@ def _run_facts(place: Place, run: RunConfig | None) -> tuple[Needs | None, list[
         return None, [], {}
     facts, findings = software.data_facts(run)
     try:
-        weights: BaseWeights | None = open_folder(run)
+        weights: TensorFiles | None = open_folder(run)
         if weights is None:
             name = run.model.name_or_path
             findings.append(Finding("base", "ok", f"{name}: in a cache of each node, not looked at"))

@@ -11,7 +11,7 @@ from qvtune.config.deepspeed import find_json
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.model.families import FAMILIES
-from qvtune.storage.safetensors import BaseWeights, open_weights
+from qvtune.storage.safetensors import TensorFiles, open_weights
 
 _NF4_BYTES = {True: (4 + 8 / 64 + 32 / 16384) / 8, False: (4 + 32 / 64) / 8}  # a weight, by double_quant
 _PROCESS = 700 << 20  # what a rank takes before it holds anything (measured: imports and gloo)
@@ -27,7 +27,7 @@ class Needs:
     checkpoint: int
 
 
-def needs_of(config: RunConfig, weights: BaseWeights, world_size: int, dtype: torch.dtype) -> Needs:
+def needs_of(config: RunConfig, weights: TensorFiles, world_size: int, dtype: torch.dtype) -> Needs:
     """An estimate from the tensors' headers."""
     family = FAMILIES[json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))["model_type"]]
     trained = tuple(f".{family.projections[name]}" for name in config.adapter.projections if name in family.projections)
@@ -49,7 +49,7 @@ def needs_of(config: RunConfig, weights: BaseWeights, world_size: int, dtype: to
     return Needs(share, process, _OPTIMIZER_BYTES * parameters + (1 << 20))
 
 
-def open_folder(config: RunConfig) -> BaseWeights | None:
+def open_folder(config: RunConfig) -> TensorFiles | None:
     """The base's headers where a folder is given; None for `demo` and hub ids, whose files lie in each user's cache.
 
     Raises UserError when the folder cannot be read.
@@ -62,11 +62,11 @@ def open_folder(config: RunConfig) -> BaseWeights | None:
     return open_weights(folder, config.model.allow_pickle)
 
 
-def _matrices(weights: BaseWeights) -> dict[str, tuple[int, ...]]:
+def _matrices(weights: TensorFiles) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor as the model has it; of one that is stored in 4 bits its own, its statistics left out."""
     marker = ".weight.quant_state."
     packed = {
-        name.partition(marker)[0]: tuple(json.loads(bytes(weights.peek(name).tolist()))["shape"])
+        name.partition(marker)[0]: tuple(json.loads(bytes(weights.read(name).tolist()))["shape"])
         for name in weights
         if marker in name
     }

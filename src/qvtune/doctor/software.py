@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from qvtune import versions
 from qvtune.config.schema import RunConfig
 from qvtune.doctor.findings import Finding
-from qvtune.storage.safetensors import BaseWeights
+from qvtune.storage.safetensors import TensorFiles
 from qvtune.versions import repository
 
 # Combinations that install and start, and fail or go wrong later. Package -> versions; the reason.
@@ -97,7 +97,7 @@ def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
     return facts, findings
 
 
-def base_fact(weights: BaseWeights) -> dict[str, str]:
+def base_fact(weights: TensorFiles) -> dict[str, str]:
     """A digest of the folder's configuration and of every tensor's name, place, shape and dtype; sizes of the files."""
     tensors = (f"{t.name} {t.file.name} {t.offset} {t.num_bytes} {t.shape} {t.dtype}" for t in weights.values())
     files = sorted({tensor.file for tensor in weights.values()})

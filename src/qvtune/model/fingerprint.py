@@ -1,17 +1,18 @@
-"""What a base is: names, shapes, dtypes and content of its tensors, taken while they are read."""
+"""The fingerprint of a base: names, shapes, dtypes and checksums of its tensors, computed while they are read."""
 
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from qvtune.errors import UserError
-from qvtune.storage.checksum import add_checksums
-from qvtune.storage.safetensors import BaseWeights
+from qvtune.storage.checksum import add_checksums, all_finite, partial_checksum
+from qvtune.storage.safetensors import StoredTensor, TensorSource
 
 if TYPE_CHECKING:  # its kernels take seconds to import, and merging often does without them
     from qvtune.model.nf4 import Gather
@@ -22,30 +23,71 @@ _SHOWN = 10
 _HALF = 2**32
 
 
-def content_of(weights: BaseWeights, gather: "Gather", device: torch.device) -> Fingerprint:
-    """The fingerprint of all that the ranks have read together; collective.
+class ContentChecksums:
+    """Checksums of what a process has read of a model folder, tensor by tensor.
 
-    Raises UserError, on all ranks, naming every tensor with values that are not finite.
+    Whoever reads adds what it is responsible for, once: of elements that several ranks read, one adds them. ``sums`` is
+    the checksum so far by tensor name. Several threads may add different tensors.
     """
-    names = sorted(weights)
-    own = torch.tensor(
-        [[*divmod(weights.checksums.get(name, 0), _HALF), name in weights.not_finite] for name in names],
-        dtype=torch.int64,
-        device=device,
-    )
-    parts = torch.stack(gather(own.flatten())).view(-1, len(names), 3).cpu()
-    bad = [name for name, flag in zip(names, parts[:, :, 2].sum(0).tolist(), strict=True) if flag]
+
+    def __init__(self, weights: TensorSource) -> None:
+        self.weights = weights
+        self.sums: dict[str, int] = {}
+        self._not_finite: set[str] = set()
+
+    def add(self, name: str, data: torch.Tensor, first: int = 0) -> None:
+        """Add elements (1-D, of the stored dtype, or bytes as uint8), ``first`` being the position of the first."""
+        part = partial_checksum(data, first * data.dtype.itemsize)
+        self.sums[name] = add_checksums([self.sums.get(name, 0), part])
+        if not all_finite(data):
+            self._not_finite.add(name)
+
+    def set_whole(self, name: str, data: torch.Tensor) -> None:
+        """The whole tensor, whatever has been added of it before."""
+        self.sums[name] = 0
+        self.add(name, data)
+
+    def describe(self, name: str) -> str:
+        """The fingerprint's entry for a tensor that this process has added whole."""
+        return _entry(self.weights[name], self.sums[name])
+
+    def require_finite(self) -> None:
+        """Raises UserError naming the tensors, of those added here, that hold NaN or infinite values."""
+        _require_finite(self.weights, sorted(self._not_finite))
+
+    def fingerprint(self, gather: "Gather", device: torch.device) -> Fingerprint:
+        """The fingerprint of all that the ranks have added; collective.
+
+        Raises UserError, on all ranks, naming every tensor with values that are not finite.
+        """
+        names = sorted(self.weights)
+        own = torch.tensor(
+            [[*divmod(self.sums.get(name, 0), _HALF), name in self._not_finite] for name in names],
+            dtype=torch.int64,
+            device=device,
+        )
+        parts = torch.stack(gather(own.flatten())).view(-1, len(names), 3).cpu()
+        flags = parts[:, :, 2].sum(0).tolist()
+        _require_finite(self.weights, [name for name, flag in zip(names, flags, strict=True) if flag])
+        sums = [
+            add_checksums([high * _HALF + low for high, low in of_ranks.tolist()])
+            for of_ranks in parts[:, :, :2].unbind(1)
+        ]
+        found = {name: _entry(self.weights[name], total) for name, total in zip(names, sums, strict=True)}
+        return _of_source(self.weights.folder / MANIFEST, found)
+
+
+def _require_finite(weights: TensorSource, bad: Sequence[str]) -> None:
     if bad:
         raise UserError([f"{weights.folder}: tensor {name!r} holds NaN or infinite values" for name in bad])
-    checksums = [
-        add_checksums([high * _HALF + low for high, low in rows.tolist()]) for rows in parts[:, :, :2].unbind(1)
-    ]
-    found = {name: describe(weights, name, checksum) for name, checksum in zip(names, checksums, strict=True)}
-    return _of_source(weights.folder / MANIFEST, found)
+
+
+def _entry(tensor: StoredTensor, checksum: int) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {checksum:016x}"
 
 
 def _of_source(manifest: Path, found: Fingerprint) -> Fingerprint:
-    """A folder made by launch/quantize.py is known by what it was made from, when its own content is undamaged."""
+    """The fingerprint of a folder made by launch/quantize.py is that of its source, if its own content is intact."""
     if not manifest.exists():
         return found
     recorded = json.loads(manifest.read_text(encoding="utf-8"))
@@ -53,13 +95,6 @@ def _of_source(manifest: Path, found: Fingerprint) -> Fingerprint:
     require_same(recorded["tensors"], found, str(manifest.parent), advice)
     source: Fingerprint = recorded["source"]
     return source
-
-
-def describe(weights: BaseWeights, name: str, checksum: int | None = None) -> str:
-    """One tensor's entry; by default with the checksum of what this process has read of it."""
-    tensor = weights[name]
-    checksum = weights.checksums[name] if checksum is None else checksum
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {checksum:016x}"
 
 
 def require_same(expected: Fingerprint, found: Fingerprint, what: str, advice: str) -> None:
@@ -74,7 +109,7 @@ def require_same(expected: Fingerprint, found: Fingerprint, what: str, advice: s
         raise UserError([*problems, more + advice])
 
 
-def require_unchanged(weights: BaseWeights, found: Fingerprint, records: Path) -> None:
+def require_unchanged(weights: TensorSource, found: Fingerprint, records: Path) -> None:
     """Compare a folder with what was read of it the first time, which is recorded in ``records``.
 
     Raises UserError naming the tensors whose bytes have changed since, in the files or on the way from them. Files that

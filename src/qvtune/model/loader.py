@@ -13,14 +13,14 @@ from torch import nn
 
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
-from qvtune.model import fingerprint, prequantized
+from qvtune.model import prequantized
 from qvtune.model.families import FAMILIES, encoder_names, ends_in, trained_matrices
-from qvtune.model.fingerprint import Fingerprint
+from qvtune.model.fingerprint import ContentChecksums, Fingerprint
 from qvtune.model.nf4 import Gather, Layout, NF4Linear, first_own_weight, quantize_shard
 from qvtune.model.prequantized import StoredNF4
 from qvtune.model.shard import Placement, Whole, resident_bytes
 from qvtune.model.skeleton import build_skeleton, read_model_config
-from qvtune.storage.safetensors import BaseWeights, StoredTensor, open_weights
+from qvtune.storage.safetensors import StoredTensor, TensorFiles, TensorSource, open_weights
 from qvtune.system import peak_rss_bytes, return_freed_memory
 
 
@@ -39,13 +39,12 @@ class Base:
     """An opened base that fits its architecture: what ``fill`` needs, and nothing read yet but headers."""
 
     skeleton: nn.Module
-    weights: BaseWeights
+    weights: TensorFiles
     stored: Mapping[str, StoredNF4]
 
     def quantized(self) -> dict[str, Layout]:
         """Layout of every matrix that training sees in NF4, by the name of its tensor."""
-        modules = self.skeleton.named_modules()
-        return {f"{name}.weight": module.layout for name, module in modules if isinstance(module, NF4Linear)}
+        return quantized_layouts(self.skeleton)
 
     def tensors(self) -> dict[str, StoredTensor]:
         """The model's tensors as they lie in the files; of a matrix stored in 4 bits the codes, with its own shape."""
@@ -56,6 +55,12 @@ class Base:
             for name, tensor in self.weights.items()
             if not prequantized.belongs(name, self.stored)
         }
+
+
+def quantized_layouts(skeleton: nn.Module) -> dict[str, Layout]:
+    """Layout of every matrix of a skeleton that is marked for NF4, by the name of its tensor."""
+    modules = skeleton.named_modules()
+    return {f"{name}.weight": module.layout for name, module in modules if isinstance(module, NF4Linear)}
 
 
 def open_base(
@@ -111,7 +116,7 @@ def _check_settings(
         )
 
 
-def check_tensors(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> None:
+def check_tensors(skeleton: nn.Module, weights: TensorSource, stored: Mapping[str, StoredNF4]) -> None:
     """Compare names and shapes with the skeleton's before anything is read. Raises UserError with all differences."""
     shapes = _expected_shapes(skeleton)
     packed = {module: f"{module}.weight" for module in stored}
@@ -146,7 +151,7 @@ def _expected_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _packed_problems(skeleton: nn.Module, weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> list[str]:
+def _packed_problems(skeleton: nn.Module, weights: TensorSource, stored: Mapping[str, StoredNF4]) -> list[str]:
     problems = []
     modules = dict(skeleton.named_modules())
     for path, entry in stored.items():
@@ -180,22 +185,24 @@ def fill(
     naming the tensors that hold NaN or infinite values.
     """
     started = time.monotonic()
+    checksums = ContentChecksums(base.weights)
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors are read once
     for path, module in base.skeleton.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             between_modules()
         if isinstance(module, NF4Linear):
-            _fill_quantized(path, module, base, placement, gather)
+            _fill_quantized(path, module, base, placement, gather, checksums)
             return_freed_memory()
         for name, empty in list(module.named_parameters(recurse=False)):
             if empty.device.type == "meta":
                 if empty not in filled:
-                    filled[empty] = _load_plain(f"{path}.{name}", empty, base.weights, placement, dtype)
+                    filled[empty] = _load_plain(f"{path}.{name}", empty, base.weights, placement, dtype, checksums)
                 setattr(module, name, filled[empty])
     if placement.shard.rank == 0:
-        prequantized.note_descriptions(base.weights, base.stored)
+        for name in prequantized.descriptions(base.weights, base.stored):  # all ranks have read them
+            checksums.set_whole(name, base.weights.read(name))
     base.skeleton.to(placement.device)  # the buffers; parameters are there already
-    content = fingerprint.content_of(base.weights, gather, placement.device)
+    content = checksums.fingerprint(gather, placement.device)
     report = LoadReport(
         seconds=time.monotonic() - started,
         bytes_read=base.weights.bytes_read,
@@ -205,36 +212,56 @@ def fill(
     return report, content
 
 
-def _fill_quantized(path: str, module: NF4Linear, base: Base, placement: Placement, gather: Gather) -> None:
-    pieces, offset = quantized_pieces(path, module.layout, base, placement, gather)
+def _fill_quantized(
+    path: str, module: NF4Linear, base: Base, placement: Placement, gather: Gather, checksums: ContentChecksums
+) -> None:
+    pieces, offset = quantized_pieces(path, module.layout, base, placement, gather, checksums)
     for piece_name, numel in module.layout.piece_numel().items():
         setattr(module, piece_name, placement.parameter((numel,), pieces[piece_name]))
     module.offset = offset
 
 
 def quantized_pieces(
-    path: str, layout: Layout, base: Base, placement: Placement, gather: Gather
+    path: str,
+    layout: Layout,
+    base: Base,
+    placement: Placement,
+    gather: Gather,
+    checksums: ContentChecksums | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """This rank's part of the codes and statistics of module ``path``, and the offset; quantized now or long ago."""
+    """This rank's part of the codes and statistics of module ``path``, and the offset; read, or quantized now.
+
+    What is read is added to ``checksums``; of a block that two ranks read, the first rank adds it.
+    """
     if path in base.stored:
-        pieces = prequantized.read_shard(base.weights, path, layout, placement.shard)
+        pieces = prequantized.read_shard(base.weights, path, layout, placement.shard, checksums)
         return pieces, torch.tensor(base.stored[path].offset)
-    noted_from = first_own_weight(layout, placement.shard)
-    return quantize_shard(
-        lambda start, end: base.weights.read_flat(f"{path}.weight", start, end, noted_from=max(start, noted_from)),
-        layout,
-        placement,
-        gather,
-    )
+    name, first_own = f"{path}.weight", first_own_weight(layout, placement.shard)
+
+    def read(start: int, end: int) -> torch.Tensor:
+        data = base.weights.read(name, start, end)
+        if checksums is not None:
+            others = min(max(first_own - start, 0), end - start)
+            checksums.add(name, data[others:], start + others)
+        return data
+
+    return quantize_shard(read, layout, placement, gather)
 
 
 def _load_plain(
-    name: str, empty: nn.Parameter, weights: BaseWeights, placement: Placement, dtype: torch.dtype
+    name: str,
+    empty: nn.Parameter,
+    weights: TensorSource,
+    placement: Placement,
+    dtype: torch.dtype,
+    checksums: ContentChecksums,
 ) -> nn.Parameter:
     """A tensor that is not quantized: this rank's range, cast to the compute dtype, zeros as padding."""
     total = empty.numel()
     start, end = placement.shard.span(total)
-    piece = weights.read_flat(name, start, end).to(dtype)
+    stored = weights.read(name, start, end)
+    checksums.add(name, stored, start)
+    piece = stored.to(dtype)
     if padding := placement.shard.numel(total) - len(piece):
         piece = nn.functional.pad(piece, (0, padding))
     return placement.parameter(tuple(empty.shape), piece)

@@ -13,9 +13,10 @@ import torch
 from bitsandbytes import functional as bnb
 
 from qvtune.errors import UserError
+from qvtune.model.fingerprint import ContentChecksums
 from qvtune.model.nf4 import BLOCK, NESTED_BLOCK, Layout, as_storage
 from qvtune.model.shard import Shard
-from qvtune.storage.safetensors import BaseWeights
+from qvtune.storage.safetensors import TensorFiles
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _PIECES = {"weight": ".weight", "absmax": ".weight.absmax", "nested_absmax": ".weight.nested_absmax"}
@@ -31,7 +32,7 @@ class StoredNF4:
     offset: float
 
 
-def stored_matrices(weights: BaseWeights) -> dict[str, StoredNF4]:
+def stored_matrices(weights: TensorFiles) -> dict[str, StoredNF4]:
     """Module name -> description of every matrix that is stored in 4 bits; empty for an ordinary checkpoint.
 
     Raises UserError listing the matrices whose format is another than NF4 in blocks of 64 (nested: 256).
@@ -40,7 +41,7 @@ def stored_matrices(weights: BaseWeights) -> dict[str, StoredNF4]:
     for name in weights:
         if _STATE in name:
             module, _, kind = name.partition(_STATE)
-            state = json.loads(bytes(weights.peek(name).tolist()))
+            state = json.loads(bytes(weights.read(name).tolist()))
             if problem := _unsupported(kind, state):
                 problems.append(f"{weights.folder}: {module} is stored as {problem} (model.name_or_path)")
             else:
@@ -61,14 +62,14 @@ def _unsupported(kind: str, state: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_maps(weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> None:
+def _check_maps(weights: TensorFiles, stored: Mapping[str, StoredNF4]) -> None:
     """The tables of values must be the ones that the kernels use."""
     expected = (bnb.get_4bit_type("nf4", device="cpu"), bnb.create_dynamic_map())
     problems = [
         f"{weights.folder}: tensor {module + suffix!r} is not bitsandbytes' table of values"
         for module in stored
         for suffix, values in zip(_MAPS, expected, strict=True)
-        if module + suffix in weights and not torch.equal(weights.peek(module + suffix), values)
+        if module + suffix in weights and not torch.equal(weights.read(module + suffix), values)
     ]
     if problems:
         raise UserError(problems)
@@ -85,17 +86,26 @@ def belongs(name: str, stored: Mapping[str, StoredNF4]) -> bool:
     return bool(dot) and module in stored
 
 
-def note_descriptions(weights: BaseWeights, stored: Mapping[str, StoredNF4]) -> None:
-    """Let the fingerprint cover what all ranks read: called on one of them."""
+def descriptions(weights: TensorFiles, stored: Mapping[str, StoredNF4]) -> list[str]:
+    """Tensors that describe stored matrices, tables and JSON: what every rank reads whole."""
+    shared = []
     for name in weights:
-        if belongs(name, stored) and name not in weights.checksums:
-            weights.read_flat(name)
+        if belongs(name, stored):
+            module, _, rest = name.partition(".weight.")
+            is_piece = rest == "absmax" or (rest == "nested_absmax" and stored[module].double_quant)
+            shared += [] if is_piece else [name]
+    return shared
 
 
-def read_shard(weights: BaseWeights, module: str, layout: Layout, shard: Shard) -> dict[str, torch.Tensor]:
-    """This rank's bytes of the pieces, as ``nf4.quantize_shard`` returns them."""
+def read_shard(
+    weights: TensorFiles, module: str, layout: Layout, shard: Shard, checksums: ContentChecksums | None = None
+) -> dict[str, torch.Tensor]:
+    """This rank's bytes of the pieces, as ``nf4.quantize_shard`` returns them; added to ``checksums``."""
     pieces = {}
     for piece, total in layout.piece_numel().items():
-        content = weights.read_bytes(module + _PIECES[piece], *layout.byte_span(piece, shard))
+        name, (start, end) = module + _PIECES[piece], layout.byte_span(piece, shard)
+        content = weights.read_bytes(name, start, end)
+        if checksums is not None:
+            checksums.add(name, content, start)
         pieces[piece] = as_storage(content, layout.storage, shard.numel(total))
     return pieces

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial as bind
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from qvtune.config.schema import ModelSection
 from qvtune.console import console
 from qvtune.errors import UserError
 from qvtune.model.companions import copy_companions
-from qvtune.model.fingerprint import MANIFEST, Fingerprint, describe, require_unchanged
-from qvtune.model.loader import Base, open_base
+from qvtune.model.fingerprint import MANIFEST, ContentChecksums, Fingerprint, require_unchanged
+from qvtune.model.loader import open_base
 from qvtune.model.nf4 import BLOCK, NESTED_BLOCK, Layout, quantize_shard
 from qvtune.model.shard import Whole
 from qvtune.storage.files import fsync, sha256, write_json
 from qvtune.storage.partial import PartialOutput, partial_output, require_free
 from qvtune.storage.paths import cache_dir
-from qvtune.storage.safetensors import StoredTensor, open_weights, read_headers
+from qvtune.storage.safetensors import StoredTensor, TensorSource, open_weights, read_headers
 from qvtune.storage.writer import FilePlans, TensorPlan, WrittenFile, checksum_of, plan_files, write_index
 from qvtune.system import return_freed_memory
 
@@ -50,20 +50,21 @@ def quantize(
         "max_shard_bytes": max_shard_bytes,
     }
     with partial_output(output, made_from) as partial:
-        write_shards(partial, base, plan_shards(base, max_shard_bytes))
+        layouts = base.quantized()
+        write_shards(partial, base.weights, layouts, plan_shards(base.weights, layouts, max_shard_bytes))
         copy_companions(source, partial.folder)
-        written_from = finish(partial, base, json.loads((source / "config.json").read_text(encoding="utf-8")))
+        written_from = finish(partial, double_quant, json.loads((source / "config.json").read_text(encoding="utf-8")))
         require_unchanged(base.weights, written_from, cache_dir() / "bases")
 
 
-def plan_shards(base: Base, max_shard_bytes: int) -> FilePlans:
-    """Which tensors of ``base`` go into which file, in the order in which they lie in its own.
+def plan_shards(weights: TensorSource, layouts: Mapping[str, Layout], max_shard_bytes: int) -> FilePlans:
+    """Which tensors go into which file, in the order in which they are stored now.
 
-    Each counts with the bytes that it takes there, short of descriptions of a few hundred.
+    ``layouts`` are those of the tensors that are quantized. Each tensor counts with the bytes that it will take; the
+    description of a quantized one, a few hundred bytes, is left out.
     """
-    quantized = base.quantized()
-    in_order = sorted(base.weights.values(), key=lambda tensor: (str(tensor.file), tensor.offset))
-    return plan_files((_plan(tensor, quantized.get(tensor.name)) for tensor in in_order), max_shard_bytes)
+    in_order = sorted(weights.values(), key=lambda tensor: (str(tensor.file), tensor.offset))
+    return plan_files((_plan(tensor, layouts.get(tensor.name)) for tensor in in_order), max_shard_bytes)
 
 
 def _plan(tensor: StoredTensor, layout: Layout | None) -> TensorPlan:
@@ -72,35 +73,42 @@ def _plan(tensor: StoredTensor, layout: Layout | None) -> TensorPlan:
 
 
 def write_shards(
-    partial: PartialOutput, base: Base, files: FilePlans, notes: Callable[[set[str]], dict[str, Any]] = lambda _: {}
+    partial: PartialOutput,
+    weights: TensorSource,
+    layouts: Mapping[str, Layout],
+    files: FilePlans,
+    notes: Callable[[set[str]], dict[str, Any]] = lambda _: {},
 ) -> None:
     """Write those of ``files`` that an earlier start has not, with what ``notes`` says of the tensors of each."""
+    checksums = ContentChecksums(weights)
 
     def noted(file: str, names: Sequence[str]) -> dict[str, Any]:
         path = partial.folder / file
         manifest = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        source = {name: describe(base.weights, name) for name in names}
+        source = {name: checksums.describe(name) for name in names}
         return {"manifest": manifest, "source": source} | notes(set(names))
 
     partial.require_room(files)
     for number, (file, plans) in enumerate(files.items(), start=1):
         names = [plan.name for plan in plans]
-        partial.write(file, bind(_write_shard, base=base, names=names), bind(noted, file, names))
+        partial.write(
+            file, bind(_write_shard, names=names, layouts=layouts, checksums=checksums), bind(noted, file, names)
+        )
         return_freed_memory()
         console().print(f"{number}/{len(files)} {file}")
 
 
-def _write_shard(path: Path, base: Base, names: Sequence[str]) -> WrittenFile:
+def _write_shard(
+    path: Path, names: Sequence[str], layouts: Mapping[str, Layout], checksums: ContentChecksums
+) -> WrittenFile:
     """One file, which appears whole. Raises UserError naming tensors with values that are not finite."""
-    quantized = base.quantized()
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
-        if name in quantized:
-            tensors |= _quantized_tensors(base, name.removesuffix(".weight"), quantized[name])
+        if name in layouts:
+            tensors |= _quantized_tensors(name, layouts[name], checksums)
         else:
-            tensors[name] = base.weights.read_flat(name).view(base.weights[name].shape)
-    if base.weights.not_finite:
-        raise UserError([f"tensor {name!r} holds NaN or infinite values" for name in sorted(base.weights.not_finite)])
+            tensors[name] = _read(name, checksums).view(checksums.weights[name].shape)
+    checksums.require_finite()
     temporary = path.with_name(f".{path.name}")
     save_file(tensors, temporary, metadata={"format": "pt"})
     fsync(temporary)
@@ -108,17 +116,12 @@ def _write_shard(path: Path, base: Base, names: Sequence[str]) -> WrittenFile:
     return checksum_of(path)
 
 
-def _quantized_tensors(base: Base, module: str, layout: Layout) -> dict[str, torch.Tensor]:
+def _quantized_tensors(name: str, layout: Layout, checksums: ContentChecksums) -> dict[str, torch.Tensor]:
     """One matrix as transformers stores it: by our own quantization, which is bit-equal to bitsandbytes'."""
-    name = f"{module}.weight"
-    pieces, offset = quantize_shard(
-        lambda start, end: base.weights.read_flat(name, start, end),
-        layout,
-        Whole(torch.device("cpu")),
-        lambda own: [own],
-    )
+    read = bind(_read, name, checksums)
+    pieces, offset = quantize_shard(read, layout, Whole(torch.device("cpu")), lambda own: [own])
     content = {piece: pieces[piece].view(torch.uint8)[:size] for piece, size in layout.piece_bytes().items()}
-    stored = base.weights[name]
+    stored = checksums.weights[name]
     absmax = content["absmax"] if layout.double_quant else content["absmax"].view(torch.float32)
     tensors = {
         name: content["weight"].view(-1, 1),
@@ -130,6 +133,12 @@ def _quantized_tensors(base: Base, module: str, layout: Layout) -> dict[str, tor
         tensors[f"{name}.nested_absmax"] = content["nested_absmax"].view(torch.float32)
         tensors[f"{name}.nested_quant_map"] = bnb.create_dynamic_map()
     return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def _read(name: str, checksums: ContentChecksums, start: int = 0, end: int | None = None) -> torch.Tensor:
+    data = checksums.weights.read(name, start, end)
+    checksums.add(name, data, start)
+    return data
 
 
 def _description(stored: StoredTensor, layout: Layout, offset: torch.Tensor) -> torch.Tensor:
@@ -144,7 +153,7 @@ def _description(stored: StoredTensor, layout: Layout, offset: torch.Tensor) -> 
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def finish(partial: PartialOutput, base: Base, config: dict[str, Any]) -> Fingerprint:
+def finish(partial: PartialOutput, double_quant: bool, config: dict[str, Any]) -> Fingerprint:
     """Write index, config.json (``config`` and how it is quantized) and manifest of a folder whose shards are there.
 
     Returns what they were made from.
@@ -152,7 +161,6 @@ def finish(partial: PartialOutput, base: Base, config: dict[str, Any]) -> Finger
     folder = partial.folder
     noted = {file: entry["notes"] for file, entry in partial.progress["files"].items()}
     write_index(folder, {file: list(read_headers([folder / file]).values()) for file in noted})
-    double_quant = next(iter(base.quantized().values())).double_quant
     quantization = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -171,6 +179,7 @@ def finish(partial: PartialOutput, base: Base, config: dict[str, Any]) -> Finger
 def _contents(folder: Path) -> Fingerprint:
     """Fingerprint of the written tensors, read back from the files."""
     weights = open_weights(folder)
-    for name, tensor in weights.items():
-        weights.read_bytes(name, 0, tensor.num_bytes)
-    return {name: describe(weights, name) for name in sorted(weights)}
+    checksums = ContentChecksums(weights)
+    for name in weights:
+        checksums.add(name, weights.read_bytes(name))
+    return {name: checksums.describe(name) for name in sorted(weights)}

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any, Self
 import torch
 
 from qvtune.errors import UserError
-from qvtune.storage.checksum import add_checksums, partial_checksum
 
 # https://huggingface.co/docs/safetensors: 8 bytes little-endian header size, a JSON header, the data.
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
@@ -31,7 +31,7 @@ _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: ``num_bytes`` from ``offset`` of ``file``."""
+    """Where one tensor is stored: ``num_bytes`` from ``offset`` of ``file``."""
 
     name: str
     file: Path
@@ -47,17 +47,11 @@ class StoredTensor:
 
 
 @dataclass
-class BaseWeights(Mapping[str, StoredTensor]):
-    """The tensors of a model folder by name; counts what is read of them, and sums up what it was.
-
-    ``checksums`` and ``not_finite`` cover what this process has read; ``fingerprint.content_of`` adds the other ranks.
-    """
+class TensorSource(Mapping[str, StoredTensor], ABC):
+    """Tensors by name: their shapes and dtypes at once, any range of their elements when it is asked for."""
 
     folder: Path
     tensors: dict[str, StoredTensor]
-    bytes_read: int = field(default=0, init=False)
-    checksums: dict[str, int] = field(default_factory=dict, init=False)
-    not_finite: set[str] = field(default_factory=set, init=False)
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
@@ -68,51 +62,44 @@ class BaseWeights(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def read_flat(
-        self, name: str, start: int = 0, end: int | None = None, *, noted_from: int | None = None
-    ) -> torch.Tensor:
-        """Elements ``[start, end)`` of the flattened tensor, 1-D, in its stored dtype.
-
-        What is read enters the checksum from element ``noted_from`` on (default: all): where two ranks read the same
-        elements, one of them must not note them.
-        """
-        tensor = self.tensors[name]
-        data = self._read(tensor, start, tensor.numel if end is None else end)
-        noted = data[0 if noted_from is None else noted_from - start :]
-        first_byte = (start if noted_from is None else noted_from) * tensor.dtype.itemsize
-        self.checksums[name] = add_checksums([self.checksums.get(name, 0), partial_checksum(noted, first_byte)])
-        if data.is_floating_point() and not _all_finite(data):
-            self.not_finite.add(name)
-        return data
+    @abstractmethod
+    def read(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """Elements ``[start, end)`` of the flattened tensor (``end`` None: to its end), 1-D, in its stored dtype."""
 
     def files(self) -> list[Path]:
-        """Those that hold the tensors."""
+        """The files that hold the tensors."""
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     def stamps(self) -> list[list[str | int]]:
-        """Path, bytes and time of change (ns) of each file: what can be said of the content without reading it."""
+        """Path, bytes and time of change (ns) of each file: what identifies the content without reading it."""
         return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in self.files()]
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """Only the tensors that ``names`` (new name -> name here) mentions, under their new names; nothing read yet."""
+        """Only the tensors that ``names`` (new name -> name here) mentions, under their new names."""
         return replace(self, tensors={new: replace(self.tensors[old], name=new) for new, old in names.items()})
 
-    def peek(self, name: str) -> torch.Tensor:
-        """A small tensor whole, 1-D, without noting it: for descriptions that every rank reads."""
-        return self._read(self.tensors[name], 0, self.tensors[name].numel)
 
-    def read_bytes(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Bytes ``[start, end)`` of a tensor whose dtype is only its packing: 1-D, uint8."""
+@dataclass
+class TensorFiles(TensorSource):
+    """The tensors of safetensors files. Reading changes nothing but ``bytes_read``, which counts it."""
+
+    bytes_read: int = field(default=0, init=False)
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """As ``TensorSource``. Raises UserError where the file ends before the tensor."""
         tensor = self.tensors[name]
-        data = self._read(replace(tensor, dtype=torch.uint8), start, end)
-        self.checksums[name] = add_checksums([self.checksums.get(name, 0), partial_checksum(data, start)])
-        return data
+        return self._read(tensor, tensor.dtype, start, tensor.numel if end is None else end)
 
-    def _read(self, tensor: StoredTensor, start: int, end: int) -> torch.Tensor:
+    def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """Bytes ``[start, end)`` of a tensor, 1-D, uint8: for tensors whose dtype is only their packing."""
+        tensor = self.tensors[name]
+        return self._read(tensor, torch.uint8, start, tensor.num_bytes if end is None else end)
+
+    def _read(self, tensor: StoredTensor, dtype: torch.dtype, start: int, end: int) -> torch.Tensor:
         """Plain reads instead of a memory map: its pages would count as this process's memory, its reads not at all."""
-        data = torch.empty(end - start, dtype=tensor.dtype)
+        data = torch.empty(end - start, dtype=dtype)
         with tensor.file.open("rb", buffering=0) as file:
-            file.seek(tensor.offset + start * tensor.dtype.itemsize)
+            file.seek(tensor.offset + start * dtype.itemsize)
             buffer = data.view(torch.uint8).numpy().data
             while buffer:
                 count = file.readinto(buffer)
@@ -124,27 +111,22 @@ class BaseWeights(Mapping[str, StoredTensor]):
 
 
 @dataclass
-class PickledWeights(BaseWeights):
+class PickledFiles(TensorFiles):
     """Legacy ``.bin`` files, opened with ``weights_only``; memory-mapped, so only what is read becomes resident."""
 
     mapped: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """As the others; the mapped tensors too."""
+        """As ``TensorSource``; the mapped tensors too."""
         return replace(super().renamed(names), mapped={new: self.mapped[old] for new, old in names.items()})
 
-    def _read(self, tensor: StoredTensor, start: int, end: int) -> torch.Tensor:
-        data = self.mapped[tensor.name].flatten().view(tensor.dtype)[start:end].clone()
+    def _read(self, tensor: StoredTensor, dtype: torch.dtype, start: int, end: int) -> torch.Tensor:
+        data = self.mapped[tensor.name].flatten().view(dtype)[start:end].clone()
         self.bytes_read += data.numel() * data.element_size()
         return data
 
 
-def _all_finite(data: torch.Tensor) -> bool:
-    """NaN and infinity both show in the extremes, found 13 times faster than by ``isfinite`` (bfloat16 on a CPU)."""
-    return not len(data) or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(data))
-
-
-def open_weights(folder: Path, allow_pickle: bool = False, *, any_dtype: bool = False) -> BaseWeights:
+def open_weights(folder: Path, allow_pickle: bool = False, *, any_dtype: bool = False) -> TensorFiles:
     """Read the headers of a folder's safetensors files, or with ``allow_pickle`` of its legacy ``.bin`` files.
 
     Raises UserError with everything that is wrong: no weights, pickle only, missing, truncated or unreadable files,
@@ -158,11 +140,11 @@ def open_weights(folder: Path, allow_pickle: bool = False, *, any_dtype: bool = 
         return _open_pickles(folder, pickles)
     else:
         raise UserError(_no_weights(folder))
-    return BaseWeights(folder, read_headers(files, ALL_DTYPES if any_dtype else _DTYPES))
+    return TensorFiles(folder, read_headers(files, ALL_DTYPES if any_dtype else _DTYPES))
 
 
 def read_headers(files: Sequence[Path], dtypes: Mapping[str, torch.dtype] = _DTYPES) -> dict[str, StoredTensor]:
-    """Where each tensor of some safetensors files lies. Raises UserError listing the files that cannot be read."""
+    """Where each tensor of some safetensors files is stored. Raises UserError listing the files that cannot be read."""
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -175,7 +157,7 @@ def read_headers(files: Sequence[Path], dtypes: Mapping[str, torch.dtype] = _DTY
     return tensors
 
 
-def _open_pickles(folder: Path, files: list[Path]) -> PickledWeights:
+def _open_pickles(folder: Path, files: list[Path]) -> PickledFiles:
     mapped: dict[str, torch.Tensor] = {}
     tensors: dict[str, StoredTensor] = {}
     for file in files:
@@ -186,7 +168,7 @@ def _open_pickles(folder: Path, files: list[Path]) -> PickledWeights:
         for name, value in mapped.items():
             size = value.numel() * value.element_size()
             tensors.setdefault(name, StoredTensor(name, file, 0, size, tuple(value.shape), value.dtype))
-    return PickledWeights(folder, tensors, mapped)
+    return PickledFiles(folder, tensors, mapped)
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -66,7 +66,7 @@ def test_the_adapted_side_is_pefts_model(make_run: MakeRun, llama_folder: Path, 
         parameter.data = conversion.base.reader(name)(0, parameter.numel()).float().view(parameter.shape)
     before = whole(base)
     expected = whole(PeftModel.from_pretrained(base, source.path))
-    view = adapted_base(conversion.opened_as(conversion.base_weights), conversion.adapter)
+    view = adapted_base(conversion.base, conversion.adapter)
     found = streamed(empty_model(llama_folder, {}, trust_remote_code=False), [ModelView(view.names, view.read), view])
     for one, other in zip([*found[0], *found[1]], [*before, *expected], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

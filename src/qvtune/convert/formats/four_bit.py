@@ -27,11 +27,13 @@ from qvtune.convert.proof.proof import Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, as_stored, model_views
 from qvtune.errors import ProofError, UserError
 from qvtune.model.companions import copy_companions
-from qvtune.model.loader import Base, check_tensors
+from qvtune.model.fingerprint import ContentChecksums
+from qvtune.model.loader import check_tensors, quantized_layouts
+from qvtune.model.nf4 import Layout
 from qvtune.model.quantize import DEFAULT_SHARD_BYTES, finish, plan_shards, write_shards
 from qvtune.model.skeleton import build_skeleton, read_model_config
 from qvtune.storage.partial import PartialOutput
-from qvtune.storage.safetensors import BaseWeights, StoredTensor
+from qvtune.storage.safetensors import StoredTensor, TensorSource
 
 PREFERS: BaseChoice | None = "original"
 # SmolLM2-135M: 86 %, KL 0.07 where it was trained on NF4, 78 %, KL 0.22 where it was not; larger models move less.
@@ -41,16 +43,17 @@ _SHARE_OFF_BY = 0.05  # half of what a scaling that is wrong by a tenth gives; t
 
 
 @dataclass
-class MergedWeights(BaseWeights):
+class MergedTensors(TensorSource):
     """The tensors that a merge gives, computed when they are read: whole, and kept until another is wanted."""
 
     merger: Merger
     _held: tuple[str, torch.Tensor] = field(default=("", torch.empty(0)), init=False)
 
-    def _read(self, tensor: StoredTensor, start: int, end: int) -> torch.Tensor:
-        if self._held[0] != tensor.name:
+    def read(self, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """As ``TensorSource``."""
+        if self._held[0] != name:
             self._held = ("", torch.empty(0))  # before the next one is made
-            self._held = (tensor.name, torch.cat(list(self.merger.pieces(tensor.name))))
+            self._held = (name, torch.cat(list(self.merger.pieces(name))))
         return self._held[1][start:end]
 
 
@@ -58,22 +61,22 @@ def require(conversion: Conversion) -> None:
     """Raises UserError for what is no causal language model of a family whose matrices are known."""
     if conversion.is_classifier:
         raise UserError("--format bnb-4bit: writes causal language models, not classifiers; use --format merged")
-    _open(conversion)
+    _open(conversion, ContentChecksums(conversion.base.weights))
 
 
-def _open(conversion: Conversion) -> tuple[Base, Merger]:
-    """The merge as a base to be quantized, nothing computed yet."""
-    merger = Merger(conversion.base, conversion.adapter, conversion.dtype)
+def _open(conversion: Conversion, checksums: ContentChecksums) -> tuple[MergedTensors, dict[str, Layout]]:
+    """The merged tensors, nothing computed yet, and the layouts of those that are to be quantized."""
+    merger = Merger(conversion.base, conversion.adapter, conversion.dtype, checksums)
     tensors = {
         plan.name: StoredTensor(plan.name, conversion.base.folder, number, plan.num_bytes, plan.shape, plan.dtype)
         for number, plan in enumerate(merger.plan())
     }
-    weights = MergedWeights(conversion.base.folder, tensors, merger)
+    weights = MergedTensors(conversion.base.folder, tensors, merger)
     config = read_model_config(conversion.base.folder, conversion.model)
     config.update(conversion.settings)
     skeleton = build_skeleton(config, _section(conversion), conversion.dtype, "sdpa")
     check_tensors(skeleton, weights, {})
-    return Base(skeleton, weights, {}), merger
+    return weights, quantized_layouts(skeleton)
 
 
 def _section(conversion: Conversion) -> ModelSection:
@@ -82,17 +85,18 @@ def _section(conversion: Conversion) -> ModelSection:
 
 def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``; files of 1 GB at most, which are made in memory."""
-    base, merger = _open(conversion)
-    files = plan_shards(base, min(max_shard_bytes, DEFAULT_SHARD_BYTES))
-    recall(partial, conversion, merger)
-    write_shards(partial, base, files, bind(notes, conversion, merger))
-    require_base(conversion)
+    checksums = ContentChecksums(conversion.base.weights)
+    weights, layouts = _open(conversion, checksums)
+    merger = weights.merger
+    files = plan_shards(weights, layouts, min(max_shard_bytes, DEFAULT_SHARD_BYTES))
+    recall(partial, merger, checksums)
+    write_shards(partial, weights, layouts, files, bind(notes, merger, checksums))
+    require_base(conversion, checksums)
     copy_companions(conversion.base.folder, partial.folder)
-    finish(partial, base, merged_config(conversion))
-    quantized = base.quantized().keys()
-    kinds = {name: "quantized" if name in quantized else merger.kind(name) for name in base.weights}
+    finish(partial, _section(conversion).double_quant, merged_config(conversion))
+    kinds = {name: "quantized" if name in layouts else merger.kind(name) for name in weights}
     num_bytes = sum(plan.num_bytes for plans in files.values() for plan in plans)
-    kept = _require_updates(conversion, partial.folder, sorted(conversion.adapter.changes.keys() & quantized))
+    kept = _require_updates(conversion, partial.folder, sorted(conversion.adapter.changes.keys() & layouts.keys()))
     return Written(list(files), num_bytes, kinds, list(merger.updates.values()), kept)
 
 

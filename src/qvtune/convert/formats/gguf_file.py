@@ -31,6 +31,7 @@ from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.proof import Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, model_views
 from qvtune.errors import UserError
+from qvtune.model.fingerprint import ContentChecksums
 from qvtune.storage.partial import PartialOutput
 
 PREFERS: BaseChoice | None = None
@@ -101,7 +102,8 @@ def require(conversion: Conversion) -> None:
 
 def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``; a start that was cut off begins anew, since it is one file."""
-    merger, tensors = Merger(conversion.base, conversion.adapter, conversion.dtype), _tensors(conversion)
+    checksums = ContentChecksums(conversion.base.weights)
+    merger, tensors = Merger(conversion.base, conversion.adapter, conversion.dtype, checksums), _tensors(conversion)
     writer = GGUFWriter(partial.folder / FILE, _architecture(conversion))
     _metadata(writer, conversion)
     for tensor in tensors:
@@ -118,7 +120,7 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
     if factors is not None:
         writer.write_tensor_data(factors)
     writer.close()
-    require_base(conversion)
+    require_base(conversion, checksums)
     kinds = {tensor.source: merger.kind(tensor.source) for tensor in tensors}
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     return Written([FILE], num_bytes, kinds, list(merger.updates.values()))

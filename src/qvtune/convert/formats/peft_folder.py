@@ -25,6 +25,7 @@ from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS
 from qvtune.convert.sources.source import SavedAdapter, open_source
 from qvtune.errors import ProofError, UserError
+from qvtune.model.fingerprint import ContentChecksums
 from qvtune.storage.files import write_json
 from qvtune.storage.partial import PartialOutput
 
@@ -50,8 +51,7 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
     """As ``OutputFormat``; small enough to be written in one go."""
     saved = _saved(conversion)
     if conversion.source.fingerprint is not None:
-        _read_all(conversion)
-        require_base(conversion)
+        require_base(conversion, _checksums_of_base(conversion))
     config = _config(saved)
     model: Any = peft.get_peft_model(_empty_base(conversion), config, low_cpu_mem_usage=True)
     given, names = plain_keys(saved.tensors), _todays_names(model)
@@ -69,10 +69,9 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
 def views(conversion: Conversion, folder: Path) -> ModelViews:
     """Base + adapter as given, and as read from ``folder``, both on the chosen weights."""
     _require_peft_reads(conversion, folder)
-    base = conversion.opened_as(conversion.base_weights)
-    adapter = open_source(folder, base=str(conversion.base.folder)).adapter(base.tensors)
-    given = adapted_base(base, conversion.adapter)
-    written = adapted_base(base, replace(adapter, dtype=conversion.adapter.dtype))
+    adapter = open_source(folder, base=str(conversion.base.folder)).adapter(conversion.base.tensors)
+    given = adapted_base(conversion.base, conversion.adapter)
+    written = adapted_base(conversion.base, replace(adapter, dtype=conversion.adapter.dtype))
     return ModelViews(ModelView(given.names, given.read), given, given, written, other=None)
 
 
@@ -162,11 +161,15 @@ def _empty_base(conversion: Conversion) -> Any:
     return model
 
 
-def _read_all(conversion: Conversion) -> None:
-    """All of the base once, for its fingerprint."""
-    for name, tensor in conversion.base.weights.items():
+def _checksums_of_base(conversion: Conversion) -> ContentChecksums:
+    """Those of the whole base, of which ``_CHUNK_BYTES`` are in memory at a time."""
+    weights = conversion.base.weights
+    checksums = ContentChecksums(weights)
+    for name, tensor in weights.items():
         for start in range(0, tensor.num_bytes, _CHUNK_BYTES):
-            conversion.base.weights.read_bytes(name, start, min(start + _CHUNK_BYTES, tensor.num_bytes))
+            data = weights.read_bytes(name, start, min(start + _CHUNK_BYTES, tensor.num_bytes))
+            checksums.add(name, data, start)
+    return checksums
 
 
 def _require_peft_reads(conversion: Conversion, folder: Path) -> None:

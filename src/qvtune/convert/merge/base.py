@@ -5,7 +5,6 @@ Nothing here needs transformers or bitsandbytes unless matrices go through NF4.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,8 @@ import torch
 
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
-from qvtune.model import fingerprint
-from qvtune.model.fingerprint import Fingerprint
-from qvtune.storage.safetensors import BaseWeights, StoredTensor, open_weights
+from qvtune.model.fingerprint import ContentChecksums, Fingerprint
+from qvtune.storage.safetensors import StoredTensor, TensorFiles, open_weights
 
 if TYPE_CHECKING:
     from qvtune.model.loader import Base
@@ -29,15 +27,25 @@ class MergeBase:
     """``tensors`` are the model's, a 4-bit matrix with its own shape; ``quantized`` are those that go through NF4."""
 
     folder: Path
-    weights: BaseWeights
+    weights: TensorFiles
     tensors: Mapping[str, StoredTensor]
     quantized: "Mapping[str, Layout]"
     opened: "Base | None"
 
-    def reader(self, name: str) -> ReadFlat:
-        """Ranges of one tensor; a quantized matrix gets its codes here, and its values at each read."""
+    def reader(self, name: str, checksums: ContentChecksums | None = None) -> ReadFlat:
+        """Ranges of one tensor; a quantized matrix gets its codes here, and its values at each read.
+
+        What is read of the base's files is added to ``checksums``: with them each element must be read once.
+        """
         if name not in self.quantized:
-            return partial(self.weights.read_flat, name)
+
+            def read(start: int, end: int) -> torch.Tensor:
+                data = self.weights.read(name, start, end)
+                if checksums is not None:
+                    checksums.add(name, data, start)
+                return data
+
+            return read
         from qvtune.model.loader import quantized_pieces
         from qvtune.model.nf4 import dequantize_range
         from qvtune.model.shard import Whole
@@ -45,21 +53,17 @@ class MergeBase:
         assert self.opened is not None
         layout, whole = self.quantized[name], Whole(torch.device("cpu"))
         path = name.removesuffix(".weight")
-        pieces, offset = quantized_pieces(path, layout, self.opened, whole, gather=lambda own: [own])
-        return partial(dequantize_range, pieces, offset, layout)
+        pieces, offset = quantized_pieces(path, layout, self.opened, whole, lambda own: [own], checksums)
+        return lambda start, end: dequantize_range(pieces, offset, layout, start, end)
 
-    def require_finite(self) -> None:
-        """Raises UserError naming the tensors, of those read so far, that hold NaN or infinite values."""
-        if bad := sorted(self.weights.not_finite):
-            raise UserError([f"{self.folder}: tensor {name!r} holds NaN or infinite values" for name in bad])
-
-    def content(self) -> Fingerprint:
-        """The fingerprint of all that has been read. Raises UserError naming tensors with NaN or infinite values."""
+    def fingerprint(self, checksums: ContentChecksums) -> Fingerprint:
+        """The fingerprint of what has been read. Raises UserError naming tensors with NaN or infinite values."""
         if self.opened is not None:
-            from qvtune.model.prequantized import note_descriptions
+            from qvtune.model.prequantized import descriptions
 
-            note_descriptions(self.weights, self.opened.stored)
-        return fingerprint.content_of(self.weights, lambda own: [own], torch.device("cpu"))
+            for name in descriptions(self.weights, self.opened.stored):
+                checksums.set_whole(name, self.weights.read(name))
+        return checksums.fingerprint(lambda own: [own], torch.device("cpu"))
 
 
 def open_merge_base(folder: Path, model: ModelSection, dtype: torch.dtype) -> MergeBase:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qvtune.errors import UserError
-from qvtune.storage.safetensors import BaseWeights, StoredTensor
+from qvtune.storage.checksum import all_finite
+from qvtune.storage.safetensors import StoredTensor, TensorFiles
 
 
 class Change(ABC):
@@ -98,11 +99,11 @@ class LazyReplacement(Change):
 
     def apply(self, weight: Tensor) -> Tensor:
         """See ``Change``. Raises UserError for values that are not finite."""
-        weights = BaseWeights(self.stored.file.parent, {self.stored.name: self.stored})
+        weights = TensorFiles(self.stored.file.parent, {self.stored.name: self.stored})
         width = self.stored.numel // self.stored.shape[0]
         last = self.stored.shape[0] if self.last is None else self.last
-        value = weights.read_flat(self.stored.name, self.first * width, last * width).view(weight.shape)
-        if weights.not_finite:
+        value = weights.read(self.stored.name, self.first * width, last * width).view(weight.shape)
+        if not all_finite(value.flatten()):
             raise UserError(f"{self.stored.file}: {self.stored.name} holds values that are not finite")
         return value.float()
 

@@ -10,6 +10,7 @@ import torch
 from qvtune.convert.merge.base import MergeBase
 from qvtune.convert.merge.changes import Adapter, Change
 from qvtune.errors import UserError
+from qvtune.model.fingerprint import ContentChecksums
 from qvtune.storage.writer import TensorPlan
 
 COPIED = 2**22  # elements copied at a time
@@ -44,11 +45,14 @@ class MatrixUpdate:
 class Merger:
     """Computes changed tensors in ``dtype``, dequantizes the ones that training quantized, and copies all others.
 
-    ``updates`` gets an entry when a changed matrix has been computed. Threads may compute different tensors at once.
+    ``updates`` gets an entry when a changed matrix has been computed; what is read of the base is added to
+    ``checksums``, so with them each tensor is asked for once. Several threads may ask for different tensors.
     """
 
-    def __init__(self, base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> None:
-        self._base, self._adapter, self._dtype = base, adapter, dtype
+    def __init__(
+        self, base: MergeBase, adapter: Adapter, dtype: torch.dtype, checksums: ContentChecksums | None = None
+    ) -> None:
+        self._base, self._adapter, self._dtype, self._checksums = base, adapter, dtype, checksums
         self.updates: dict[str, MatrixUpdate] = {}
 
     def plan(self) -> list[TensorPlan]:
@@ -81,14 +85,14 @@ class Merger:
         elif kind == "adapted":
             yield from self._adapted(name, self._adapter.changes[name])
         else:
-            read, total = self._base.reader(name), self._base.tensors[name].numel
+            read, total = self._base.reader(name, self._checksums), self._base.tensors[name].numel
             chunk = COPIED if kind == "copied" else COMPUTED
             for start in range(0, total, chunk):
                 values = read(start, min(start + chunk, total))
                 yield values if kind == "copied" else self._rounded(name, values)
 
     def _adapted(self, name: str, change: Change) -> Iterator[torch.Tensor]:
-        read, shape = self._base.reader(name), self._base.tensors[name].shape
+        read, shape = self._base.reader(name, self._checksums), self._base.tensors[name].shape
         num_rows, columns = shape[0], math.prod(shape[1:])
         step = max(1, COMPUTED // columns) if change.is_row_wise else num_rows
         sums = torch.zeros(4, dtype=torch.float64)

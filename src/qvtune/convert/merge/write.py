@@ -13,6 +13,7 @@ from qvtune.console import console
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.tensors import MatrixUpdate, Merger
 from qvtune.model import fingerprint
+from qvtune.model.fingerprint import ContentChecksums
 from qvtune.storage.checksum import partial_checksum
 from qvtune.storage.partial import PartialOutput
 from qvtune.storage.writer import plan_files, write_file, write_index
@@ -67,43 +68,44 @@ def write_weights(
     Raises UserError where the base is not the one of the checkpoint's fingerprint, holds NaN or infinite values, or a
     value does not fit the dtype, DiskFullError where there is no room.
     """
-    merger = Merger(conversion.base, conversion.adapter, conversion.dtype)
+    checksums = ContentChecksums(conversion.base.weights)
+    merger = Merger(conversion.base, conversion.adapter, conversion.dtype, checksums)
     plans = merger.plan()
     files = plan_files(plans, max_shard_bytes)
     partial_output.require_room(files)
-    recall(partial_output, conversion, merger)
+    recall(partial_output, merger, checksums)
     with one_thread():  # all cores are busy with tensors of their own
         for number, (file, shard) in enumerate(files.items(), start=1):
             write = partial(write_file, plans=shard, pieces=merger.pieces, num_threads=num_threads)
-            partial_output.write(file, write, partial(notes, conversion, merger, {plan.name for plan in shard}))
+            partial_output.write(file, write, partial(notes, merger, checksums, {plan.name for plan in shard}))
             console().print(f"{number}/{len(files)} {file}")
-    require_base(conversion)
+    require_base(conversion, checksums)
     write_index(partial_output.folder, files)
     kinds = {plan.name: merger.kind(plan.name) for plan in plans}
     updates = [merger.updates[plan.name] for plan in plans if plan.name in merger.updates]
     return Written(list(files), sum(plan.num_bytes for plan in plans), kinds, updates)
 
 
-def recall(partial_output: PartialOutput, conversion: Conversion, merger: Merger) -> None:
+def recall(partial_output: PartialOutput, merger: Merger, checksums: ContentChecksums) -> None:
     """Take over what an earlier start has noted of the files that it finished."""
     for noted in partial_output.notes():
-        conversion.base.weights.checksums.update(noted["base"])
+        checksums.sums |= noted["base"]
         merger.updates |= {entry["name"]: MatrixUpdate(**entry) for entry in noted["updates"]}
 
 
-def notes(conversion: Conversion, merger: Merger, names: set[str]) -> dict[str, Any]:
+def notes(merger: Merger, checksums: ContentChecksums, names: set[str]) -> dict[str, Any]:
     """What the next start has to know of the tensors of a file that it will not read again."""
-    conversion.base.require_finite()
+    checksums.require_finite()
     updates = [asdict(merger.updates[name]) for name in sorted(names & merger.updates.keys())]
-    return {"updates": updates, "base": dict(conversion.base.weights.checksums)}
+    return {"updates": updates, "base": dict(checksums.sums)}
 
 
-def require_base(conversion: Conversion) -> None:
+def require_base(conversion: Conversion, checksums: ContentChecksums) -> None:
     """Compare all that has been read of the base with what the checkpoint was trained on, where it says so.
 
     Raises UserError naming the tensors that differ, or that hold NaN or infinite values.
     """
-    content, expected = conversion.base.content(), conversion.source.fingerprint
+    content, expected = conversion.base.fingerprint(checksums), conversion.source.fingerprint
     if expected is not None:
         advice = f"{conversion.source.path} was trained on another base; give that one"
         fingerprint.require_same(expected, content, "the base (model.name_or_path)", advice)

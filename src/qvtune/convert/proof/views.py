@@ -50,11 +50,10 @@ class ModelViews:
 
 
 def model_views(conversion: "Conversion", merged: ModelView) -> ModelViews:
-    """The models around a merge. The base is opened again: a merge sums up what it reads."""
-    chosen = adapted_base(conversion.opened_as(conversion.base_weights), conversion.adapter)
+    """The models around a merge."""
+    chosen = adapted_base(conversion.base, conversion.adapter)
     trained, other = chosen, None
-    if conversion.other_choice is not None:
-        opened = conversion.opened_as(conversion.other_choice)
+    if (opened := conversion.open_other_base()) is not None:
         other = as_merged(opened, conversion.adapter, conversion.dtype)
         if conversion.other_choice == "dequantized":  # and quantized it was, since there is a choice
             trained = adapted_base(opened, conversion.adapter)

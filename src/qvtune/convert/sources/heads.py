@@ -16,7 +16,7 @@ from torch import Tensor
 from qvtune.convert.merge.changes import Change, Replaced, RowsReplaced
 from qvtune.convert.sources.peft_config import HEAD_TASKS
 from qvtune.errors import UserError
-from qvtune.storage.safetensors import BaseWeights, StoredTensor
+from qvtune.storage.safetensors import StoredTensor, TensorFiles
 
 OUTPUT = "lm_head.weight"
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -104,8 +104,8 @@ def _stays_tied(to_input: Change | None, to_output: Change | None, trained_tied:
 def _read(stored: StoredTensor) -> Tensor:
     if stored.file.suffix != ".safetensors":
         raise UserError(f"{stored.file}: the adapter unties the embeddings, for which the base must be in safetensors")
-    weights = BaseWeights(stored.file.parent, {stored.name: stored})
-    return weights.read_flat(stored.name).view(stored.shape)
+    weights = TensorFiles(stored.file.parent, {stored.name: stored})
+    return weights.read(stored.name).view(stored.shape)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
