@@ -1,25 +1,32 @@
 #!/usr/bin/env python
-"""Merge a trained adapter into its base:  python launch/convert.py runs/demo/checkpoints/latest --output merged/
+"""Merge a trained adapter into its base model, and prove that the result computes the same.
 
-Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json);
-or, with --format, the adapter alone for PEFT, a merged folder in 4 bits, or a file for llama.cpp.
-Started again after it was cut off (killed, a full disk) with the same arguments, it goes on where it was.
-Exit codes: 0 written and proved; 1 the proof failed, nothing was written; 2 the input is wrong.
+Example:
+  python launch/convert.py runs/demo/checkpoints/latest --output merged/
+
+Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json); or,
+with --format, the adapter alone for PEFT, a merged folder in 4 bits, or a file for llama.cpp. If it was interrupted
+(killed, a full disk), the same command resumes.
+
+Exit codes:
+  0  written and proved
+  1  the proof failed; nothing was written
+  2  the input or the command line is wrong
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from qvtune.convert.convert import DEFAULT_SHARD_BYTES, BaseChoice, DtypeChoice, convert
-from qvtune.convert.formats import FormatName
+from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, FormatName
+from qvtune.console import command_parser
+from qvtune.convert.sources.kinds import require_source
 from qvtune.distributed.command import run_alone
 
 
 def main() -> int:
     """Parse the command line and convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "source", type=Path, metavar="INPUT", help="checkpoint, run folder, PEFT adapter or DeepSpeed ZeRO folder"
     )
@@ -36,14 +43,21 @@ def main() -> int:
         "--dtype", choices=get_args(DtypeChoice), default="auto", help="auto = training's, or the base's"
     )
     parser.add_argument(
-        "--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, metavar="N", help="of a file; %(default)s"
+        "--max-shard-bytes", type=int, default=MERGED_SHARD_BYTES, metavar="N", help="bytes per file; %(default)s"
     )
-    parser.add_argument("--proof-rows", type=int, metavar="N", help="evaluation rows in the proof; 8 if there are")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="tensors at a time; as many as there are cores")
-    parser.add_argument("--base", metavar="FOLDER_OR_ID", help="the base, where it is not (any more) where INPUT says")
+    parser.add_argument("--proof-rows", type=int, metavar="N", help="evaluation rows in the proof; default up to 8")
+    parser.add_argument("--num-threads", type=int, metavar="N", help="tensors in parallel; default number of cores")
+    parser.add_argument("--base", metavar="FOLDER_OR_ID", help="the base model, if it is not where INPUT says")
     parser.add_argument("--allow-pickle", action="store_true", help="open .bin and DeepSpeed's .pt, as tensors only")
     options = vars(parser.parse_args())
-    return run_alone(lambda: convert(**options))
+    return run_alone(lambda: _convert(options))
+
+
+def _convert(options: dict[str, Any]) -> None:
+    require_source(options["source"])
+    from qvtune.convert.convert import convert  # imports torch: seconds
+
+    convert(**options)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,43 @@
 #!/usr/bin/env python
-"""Is this machine, or each node of this job, fit for a run?  python launch/doctor.py [--config RECIPE.yaml]
+"""Check that this machine, or each node of a Slurm job, is fit for a run.
 
-On all nodes of a job:  srun --ntasks-per-node=1 python launch/doctor.py --config RECIPE.yaml [section.key=value ...]
-One table within 60 s. Exit codes: 0 go; 1 no-go (the node to blame is named); 2 wrong arguments.
+Example:
+  python launch/doctor.py --config launch/recipes/demo.yaml
+  srun --ntasks-per-node=1 python launch/doctor.py --config RECIPE.yaml        (all nodes of a job)
+
+Prints one table within 60 s.
+
+Exit codes:
+  0  go
+  1  no-go; the table names the failed checks and the nodes at fault
+  2  the recipe or the command line is wrong
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from qvtune.config.load import load_config
+from qvtune.console import command_parser
 from qvtune.distributed.command import run_alone
-from qvtune.doctor.examine import doctor
 
 
 def main() -> int:
     """Parse the command line and examine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="look at its data, base and run folder too")
-    parser.add_argument("--nodes", type=int, metavar="N", help="expected; by default what the job has")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="expected; by default what the job asks for")
+    parser = command_parser(__doc__)
+    parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="check its data, base and run folder, too")
+    parser.add_argument("--nodes", type=int, metavar="N", help="expected number of nodes; default: the job's")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="expected GPUs per node; default: the job's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     options = parser.parse_intermixed_args()
-    return run_alone(lambda: doctor(options.config, options.overrides, options.nodes, options.gpus_per_node))
+    return run_alone(lambda: _examine(options))
+
+
+def _examine(options: argparse.Namespace) -> None:
+    run = None if options.config is None else load_config(options.config, options.overrides)
+    from qvtune.doctor.examine import doctor  # imports torch: seconds
+
+    doctor(run, options.nodes, options.gpus_per_node)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,42 @@
 #!/usr/bin/env python
-"""Fine-tune a model:  deepspeed launch/train.py --config launch/recipes/demo.yaml [section.key=value ...]
+"""Fine-tune a model.
 
-Runs as well under torchrun, srun and, as one process, plain python.
+Example:
+  deepspeed --num_gpus 2 launch/train.py --config launch/recipes/demo.yaml optimizer.lr_multipliers.v=4
+
+Also runs under torchrun, under srun, and with plain python as one process. Settings: launch/README.md.
+
+Exit codes:
+  0      the run is complete
+  2      the configuration or the data is wrong; nothing was written
+  75     stopped on request after a complete checkpoint; the same command resumes
+  other  a failure
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from qvtune.config.load import load_config
+from qvtune.config.schema import RunConfig
+from qvtune.console import command_parser
 from qvtune.distributed.command import run_command
-from qvtune.train.loop import train_from_file
 
 
 def main() -> int:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE.yaml")
+    """Parse the command line, check the configuration and train."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE.yaml", help="the settings of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # added by the deepspeed launcher; LOCAL_RANK says it too
-    arguments = parser.parse_intermixed_args()
-    return run_command(lambda: train_from_file(arguments.config, arguments.overrides))
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK is read
+    options = parser.parse_intermixed_args()
+    return run_command(lambda: load_config(options.config, options.overrides), _train)
+
+
+def _train(config: RunConfig) -> int:
+    from qvtune.train.loop import train  # imports torch, transformers and PEFT: seconds
+
+    return train(config)
 
 
 if __name__ == "__main__":

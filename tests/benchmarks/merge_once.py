@@ -30,8 +30,8 @@ def peft(run: Path, output: Path) -> float:
 
 def ours(choice: str, run: Path, output: Path) -> float:
     """This project's merge without its proof."""
+    from qvtune.config.outputs import MERGED_SHARD_BYTES
     from qvtune.convert.conversion import open_conversion
-    from qvtune.convert.convert import DEFAULT_SHARD_BYTES
     from qvtune.convert.merge.write import made_from, merged_config, write_weights
     from qvtune.convert.sources.source import open_source
     from qvtune.model.companions import copy_companions
@@ -42,8 +42,8 @@ def ours(choice: str, run: Path, output: Path) -> float:
         import qvtune.model.loader  # noqa: F401  # what the merge would import on its way
     started = time.monotonic()
     conversion = open_conversion(open_source(run), choice, "bfloat16")  # type: ignore[arg-type]
-    with partial_output(output, made_from(conversion, DEFAULT_SHARD_BYTES)) as partial:
-        write_weights(partial, conversion, DEFAULT_SHARD_BYTES, len(os.sched_getaffinity(0)))
+    with partial_output(output, made_from(conversion, MERGED_SHARD_BYTES)) as partial:
+        write_weights(partial, conversion, MERGED_SHARD_BYTES, len(os.sched_getaffinity(0)))
         copy_companions(conversion.base.folder, partial.folder)
         write_json(partial.folder / "config.json", merged_config(conversion))
     return started

@@ -4,7 +4,7 @@ from typing import Never
 
 import pytest
 
-from qvtune.distributed import process_group
+from qvtune.distributed import command, process_group
 from qvtune.distributed.command import run_alone, run_command
 from qvtune.errors import StopRequested, UserError
 
@@ -18,45 +18,71 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
-def user_error() -> Never:
+def user_error(checked: object = None) -> Never:
     raise UserError(["the first is wrong", "the second too"])
 
 
-def request() -> Never:
+def request(checked: object) -> Never:
     raise StopRequested("stopped on request (SIGTERM)")
 
 
-def defect() -> Never:
+def nothing() -> None:
+    """A check that finds nothing wrong."""
+
+
+def defect(checked: object = None) -> Never:
     raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("code", [0, 75])
 def test_the_commands_own_code(calls: list[str], code: int) -> None:
-    assert run_command(lambda: code) == code
+    assert run_command(lambda: code, lambda checked: checked) == code
     assert calls == ["start", "stop"]
 
 
 def test_a_request_before_there_was_anything_to_save(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(request) == 75
+    assert run_command(nothing, request) == 75
     assert capsys.readouterr().err.startswith("stopped on request (SIGTERM) before the first step")
     assert calls == ["start", "stop"], "all ranks leave together"
 
 
 def test_a_persons_mistake_is_printed_without_a_traceback(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(user_error) == 2
+    assert run_command(nothing, user_error) == 2
     assert capsys.readouterr().err == "error: the first is wrong\nerror: the second too\n"
     assert calls == ["start", "stop"], "all ranks leave together"
 
 
 def test_other_ranks_only_return_the_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert run_command(user_error) == 2
+    assert run_command(nothing, user_error) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_what_the_check_finds_is_said_without_a_process_group(
+    calls: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(user_error, defect) == 2
+    assert capsys.readouterr().err == "error: the first is wrong\nerror: the second too\n"
+    assert calls == []
+
+
+def test_other_ranks_leave_it_to_rank_0_and_only_then_say_it(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher kills them while they wait, unless rank 0 has no such error."""
+    printed_before: list[str] = []
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: printed_before.append(capsys.readouterr().err))
+    monkeypatch.setenv("RANK", "3")
+    assert run_command(user_error, defect) == 2
+    assert printed_before == [""]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("rank 3 on ") and said[1:] == ["error: the first is wrong", "error: the second too"]
+    assert calls == []
 
 
 def test_a_defect_is_raised_and_waits_for_nobody(calls: list[str]) -> None:
     with pytest.raises(ZeroDivisionError):
-        run_command(defect)
+        run_command(nothing, defect)
     assert calls == ["start"], "no collective after an error: the others may never come"
 
 

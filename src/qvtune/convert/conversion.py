@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from qvtune.config.outputs import BaseChoice, DtypeChoice
 from qvtune.config.schema import ModelSection
 from qvtune.convert.merge.base import MergeBase, open_merge_base
 from qvtune.convert.merge.changes import Adapter
@@ -18,8 +19,6 @@ from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
 from qvtune.storage.safetensors import open_weights
 
-BaseChoice = Literal["dequantized", "original"]
-DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 

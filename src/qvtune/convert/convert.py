@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qvtune
+from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, FormatName
 from qvtune.console import console
-from qvtune.convert.conversion import BaseChoice, Conversion, DtypeChoice, open_conversion
-from qvtune.convert.formats import FormatName, OutputFormat, output_format
+from qvtune.convert.conversion import Conversion, open_conversion
+from qvtune.convert.formats import OutputFormat, output_format
 from qvtune.convert.merge.write import Written, made_from
 from qvtune.convert.sources.source import open_source
 from qvtune.data import IGNORE_INDEX
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # imported where they are used: they bring transformers, whic
     from qvtune.convert.proof.proof import Result
     from qvtune.convert.report import MergeReport
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 _VERSIONS = ("bitsandbytes", "peft", "safetensors", "torch", "transformers")
 
 
@@ -35,7 +35,7 @@ def convert(
     *,
     base_weights: BaseChoice | None = None,
     dtype: DtypeChoice = "auto",
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int = MERGED_SHARD_BYTES,
     proof_rows: int | None = None,
     num_threads: int | None = None,
     base: str | None = None,

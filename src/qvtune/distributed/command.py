@@ -1,22 +1,42 @@
-"""Runs a command: prints a UserError once and turns the outcome into an exit code that all ranks share."""
+"""Runs a command: prints a UserError once and turns the outcome into an exit code that all ranks share.
 
+A command comes in two parts. The first checks what was typed and imports nothing heavy, so that a typo is answered at
+once; the second imports torch and does the work.
+"""
+
+import os
+import socket
 import sys
+import time
+import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
-from qvtune.distributed import process_group
 from qvtune.errors import StopRequested, UserError
 
+Checked = TypeVar("Checked")
+_HEAD_START_SECONDS = 10.0
 
-def run_command(command: Callable[[], int]) -> int:
-    """Start the process group, run ``command`` on every rank and return the exit code.
 
-    A UserError is raised on all ranks (``process_group.raise_on_all_ranks``), printed once, by rank 0, and gives exit
-    code 2. A StopRequested gets here only if there was nothing to save yet; it is raised on all ranks too and gives
-    75. Any other exception ends this rank with a traceback, without collectives: the launcher ends the others.
+def run_command(check: Callable[[], Checked], command: Callable[[Checked], int]) -> int:
+    """Run ``check`` on every rank by itself, start the process group, run ``command`` and return the exit code.
+
+    A UserError of ``check`` is printed by rank 0 and gives exit code 2. Later a UserError is raised on all ranks
+    (``process_group.raise_on_all_ranks``), printed once, by rank 0, and gives exit code 2. A StopRequested gets here
+    only if there was nothing to save yet; it is raised on all ranks too and gives 75. Any other exception ends this
+    rank with a traceback, without collectives: the launcher ends the others.
     """
     try:
+        checked = check()
+    except UserError as error:
+        _print_before_start(error)
+        return error.exit_code
+    silence_others()
+    from qvtune.distributed import process_group  # imports torch, which takes seconds
+
+    try:
         process_group.start()
-        code = command()
+        code = command(checked)
     except UserError as error:
         if process_group.is_main():
             _print(error)
@@ -31,13 +51,32 @@ def run_command(command: Callable[[], int]) -> int:
 
 def run_alone(command: Callable[[], object]) -> int:
     """Run ``command`` without a process group; 0, or the exit code of its UserError, which is printed."""
-    process_group.silence_others()
+    silence_others()
     try:
         command()
     except UserError as error:
         _print(error)
         return error.exit_code
     return 0
+
+
+def silence_others() -> None:
+    """Hide FutureWarnings that libraries cause in each other: the user cannot change anything about them."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+
+
+def _print_before_start(error: UserError) -> None:
+    """Print an error that was found without a process group.
+
+    Other ranks usually find the same error as rank 0. They wait, so that rank 0 prints it first and its exit makes the
+    launcher kill them. A rank that is still alive after that is the only one with an error (a file that its host does
+    not have), so it names itself.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_HEAD_START_SECONDS)
+        sys.stderr.write(f"rank {rank} on {socket.gethostname()}:\n")
+    _print(error)
 
 
 def _print(error: UserError) -> None:

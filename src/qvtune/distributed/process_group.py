@@ -34,17 +34,11 @@ def start() -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(any_free_port())
     os.environ.setdefault("LOCAL_RANK", "0")
-    silence_others()
     import deepspeed
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-
-
-def silence_others() -> None:
-    """Hide FutureWarnings that libraries cause in each other: the user cannot change anything about them."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
 
 
 def _timeout() -> timedelta:

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from qvtune import versions
-from qvtune.config.load import load_config
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.console import console
 from qvtune.distributed.place import Place, find_place
@@ -31,18 +29,16 @@ _ARRIVAL, _COLLECTIVE, _END = 32.0, 50.0, 54.0
 _CONNECT = 20.0
 
 
-def doctor(
-    config: Path | None, overrides: Sequence[str], nodes: int | None = None, gpus_per_node: int | None = None
-) -> None:
+def doctor(run: RunConfig | None, nodes: int | None = None, gpus_per_node: int | None = None) -> None:
     """Examine, and print one table on the first node, within 60 s; the other nodes leave when they have been heard.
 
-    ``nodes`` and ``gpus_per_node`` are what is expected where the job does not say.
+    ``run``: check its data, base and run folder, too. ``nodes`` and ``gpus_per_node`` are what is expected where the
+    job does not say.
 
     Raises NoGo on the first node when a check has failed, elsewhere when the first node could not be told; UserError
-    for a configuration that cannot be read and for a step that has not one process a node.
+    for a step that has not one process a node.
     """
     started = time.monotonic()
-    run = None if config is None else load_config(config, overrides)
     place = find_place(nodes, gpus_per_node, os.environ)
     shared = None if run is None else storage.probe_folder(Path(run.run_dir), place.job)
     with Ranks.running() as ranks, ThreadPoolExecutor(1) as pool, network.listen() as listener:

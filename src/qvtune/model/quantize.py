@@ -12,6 +12,7 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import save_file
 
 import qvtune
+from qvtune.config.outputs import NF4_SHARD_BYTES
 from qvtune.config.schema import ModelSection
 from qvtune.console import console
 from qvtune.errors import UserError
@@ -27,12 +28,8 @@ from qvtune.storage.safetensors import StoredTensor, TensorSource, open_weights,
 from qvtune.storage.writer import FilePlans, TensorPlan, WrittenFile, checksum_of, plan_files, write_index
 from qvtune.system import return_freed_memory
 
-DEFAULT_SHARD_BYTES = 1_000_000_000
 
-
-def quantize(
-    source: Path, output: Path, *, double_quant: bool = True, max_shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> None:
+def quantize(source: Path, output: Path, *, double_quant: bool = True, max_shard_bytes: int = NF4_SHARD_BYTES) -> None:
     """Write ``source`` with its matrices in NF4 to ``output``; never more than a shard and a matrix in memory.
 
     A start with the arguments of one that was killed goes on after its last whole shard, and ends with the same bytes.

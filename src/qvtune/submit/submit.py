@@ -18,13 +18,9 @@ from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.doctor import storage
 from qvtune.doctor.findings import Finding
-from qvtune.doctor.needs import needs_of, open_folder
-from qvtune.doctor.software import check_versions, requirements
 from qvtune.errors import Problems, UserError
-from qvtune.model.attention import choose_dtype
 from qvtune.storage.files import write_json
 from qvtune.submit.batch import run_dir_of_job
-from qvtune.train.preflight import preflight
 from qvtune.versions import repository
 
 _CODE = ("launch", "src", "slurm", "ds_configs")
@@ -63,6 +59,8 @@ def submit(request: Request) -> None:
     run = problems.attempt(lambda: load_config(request.config, request.overrides))
     problems.attempt(lambda: run_dir_of_job(request.config, request.overrides))
     if run is not None:
+        from qvtune.train.preflight import preflight  # imports torch and transformers: seconds
+
         world_size = max(1, request.world_size)
         # one rank for each GPU, or ranks on CPUs alone
         on_gpus = request.gpus_per_node > 0 and request.procs_per_node in (None, request.gpus_per_node)
@@ -107,6 +105,10 @@ def _request_problems(request: Request) -> list[str]:
 
 def _check_this_machine(run: RunConfig, world_size: int, on_gpus: bool) -> None:
     """The doctor's checks that a login node can make. Raises UserError with what failed."""
+    from qvtune.doctor.needs import needs_of, open_folder
+    from qvtune.doctor.software import check_versions, requirements
+    from qvtune.model.attention import choose_dtype
+
     weights = open_folder(run)
     dtype, _ = choose_dtype(run.model.dtype, on_gpus)
     checkpoint = 0 if weights is None else needs_of(run, weights, world_size, dtype).checkpoint

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint import state as checkpoint_state
-from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch
 from qvtune.data.order import rows_of_step
@@ -26,13 +25,6 @@ from qvtune.train.prepare import Run, prepare
 
 EXIT_DONE = 0
 Record = Callable[..., None]  # event, fields -> metrics.jsonl
-
-
-def train_from_file(path: Path, overrides: Sequence[str]) -> int:
-    """``train`` with a recipe and the command line's overrides."""
-    with process_group.raise_on_all_ranks():
-        config = load_config(path, overrides)
-    return train(config)
 
 
 def train(config: RunConfig) -> int:

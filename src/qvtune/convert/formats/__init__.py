@@ -2,16 +2,17 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
+
+from qvtune.config.outputs import BaseChoice, FormatName
 
 if TYPE_CHECKING:  # transformers comes with them, and with the formats
-    from qvtune.convert.conversion import BaseChoice, Conversion
+    from qvtune.convert.conversion import Conversion
     from qvtune.convert.merge.write import Written
     from qvtune.convert.proof.proof import Limits
     from qvtune.convert.proof.views import ModelViews
     from qvtune.storage.partial import PartialOutput
 
-FormatName = Literal["merged", "adapter", "bnb-4bit", "gguf"]
 _MODULES = {"merged": "merged", "adapter": "peft_folder", "bnb-4bit": "four_bit", "gguf": "gguf_file"}
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from qvtune.config.outputs import NF4_SHARD_BYTES, BaseChoice
 from qvtune.config.schema import ModelSection
-from qvtune.convert.conversion import BaseChoice, Conversion
+from qvtune.convert.conversion import Conversion
 from qvtune.convert.formats import merged
 from qvtune.convert.merge.base import open_merge_base
 from qvtune.convert.merge.tensors import Merger
@@ -30,7 +31,7 @@ from qvtune.model.companions import copy_companions
 from qvtune.model.fingerprint import ContentChecksums
 from qvtune.model.loader import check_tensors, quantized_layouts
 from qvtune.model.nf4 import Layout
-from qvtune.model.quantize import DEFAULT_SHARD_BYTES, finish, plan_shards, write_shards
+from qvtune.model.quantize import finish, plan_shards, write_shards
 from qvtune.model.skeleton import build_skeleton, read_model_config
 from qvtune.storage.partial import PartialOutput
 from qvtune.storage.safetensors import StoredTensor, TensorSource
@@ -88,7 +89,7 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
     checksums = ContentChecksums(conversion.base.weights)
     weights, layouts = _open(conversion, checksums)
     merger = weights.merger
-    files = plan_shards(weights, layouts, min(max_shard_bytes, DEFAULT_SHARD_BYTES))
+    files = plan_shards(weights, layouts, min(max_shard_bytes, NF4_SHARD_BYTES))
     recall(partial, merger, checksums)
     write_shards(partial, weights, layouts, files, bind(notes, merger, checksums))
     require_base(conversion, checksums)

@@ -23,7 +23,8 @@ from gguf import (
     get_tensor_name_map,
 )
 
-from qvtune.convert.conversion import BaseChoice, Conversion
+from qvtune.config.outputs import BaseChoice
+from qvtune.convert.conversion import Conversion
 from qvtune.convert.formats import merged
 from qvtune.convert.formats.gguf_tokenizer import add_tokenizer, elsewhere
 from qvtune.convert.merge.tensors import Merger

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from qvtune.convert.conversion import BaseChoice, Conversion
+from qvtune.config.outputs import BaseChoice
+from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, merged_config, write_weights
 from qvtune.convert.proof.proof import EXACT, ROUNDED, Limits
 from qvtune.convert.proof.views import ModelViews, merged_folder, model_views

@@ -17,7 +17,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qvtune.convert.conversion import BaseChoice, Conversion
+from qvtune.config.outputs import BaseChoice
+from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.proof import EXACT, Limits, skeleton
 from qvtune.convert.proof.views import ModelView, ModelViews, adapted_base

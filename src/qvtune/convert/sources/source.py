@@ -18,6 +18,7 @@ from qvtune.checkpoint.state import TRAINED, TrainerState, load_trainer_state, t
 from qvtune.config.schema import ModelSection
 from qvtune.convert.merge.changes import Adapter, LazyReplacement
 from qvtune.convert.sources.deepspeed import open_zero, step_folder
+from qvtune.convert.sources.kinds import KINDS, require_source
 from qvtune.convert.sources.peft_adapter import peft_adapter
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS, PeftConfig
 from qvtune.errors import UserError
@@ -27,10 +28,6 @@ from qvtune.storage.safetensors import StoredTensor, read_headers
 ReadAdapter = Callable[[Mapping[str, StoredTensor]], Adapter]  # a base's tensors -> what is done to them
 Kind = Literal["checkpoint", "full", "peft", "deepspeed"]
 _PICKLE = "adapter_model.bin"
-_KINDS = (
-    "a folder runs/NAME/checkpoints/step-* or a run folder that has one, a PEFT adapter folder (adapter_config.json, "
-    "adapter_model.safetensors), or a folder with DeepSpeed's global_step*"
-)
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ def open_source(path: Path, *, base: str | None = None, allow_pickle: bool = Fal
     both DeepSpeed's files and an adapter, ``allow_pickle`` chooses the former: fp32 masters. ``base`` overrides the
     folder or hub id of the base. Raises UserError for what cannot be converted, with the reason.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no checkpoint, there is nothing of this name; give {_KINDS}")
+    require_source(path)
     if _is_ours(path):
         return _open_ours(checkpoint_folder.resolve(path), base)
     step = step_folder(path)
@@ -226,7 +222,7 @@ def _unknown(path: Path) -> str:
         return f"{path}: an FSDP checkpoint cannot be converted; save the adapter with save_pretrained and give that"
     if (path / "config.json").is_file():
         return f"{path}: is a model without an adapter ({CONFIG}), so there is nothing to merge"
-    return f"{path}: no checkpoint; give {_KINDS}"
+    return f"{path}: no checkpoint; give {KINDS}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,93 @@
+"""All commands of launch/: their --help has one structure, and a typo is answered before anything heavy is imported."""
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import REPOSITORY
+
+COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
+HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
+# Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
+_RUN = f"""
+import runpy, sys
+sys.argv = sys.argv[1:]
+code = 0
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as error:
+    code = error.code
+print("imported:", *(name for name in {HEAVY!r} if name in sys.modules))
+sys.exit(code)
+"""
+# Command -> arguments with something wrong, and what the message must name.
+WRONG = {
+    "train": [
+        (["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
+        (["--config", "{folder}/none.yaml"], "none.yaml: the configuration cannot be read"),
+    ],
+    "submit": [
+        (["--nodes=1", "--gpus-per-node=1", "--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
+        (["--nodes=1", "--gpus-per-node=1", "--config", "{folder}"], "the configuration cannot be read"),
+    ],
+    "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],
+    "convert": [(["{folder}/none", "--output", "{folder}/out"], "none: no checkpoint")],
+    "quantize": [(["{folder}/none", "--output", "{folder}/out"], "none' is not a folder")],
+}
+
+
+def run(command: Path, *arguments: str) -> tuple[int, str, str, list[str]]:
+    """Exit code, standard output and error, and the heavy modules that were imported."""
+    words = [sys.executable, "-c", _RUN, str(command), *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    output, _, imported = done.stdout.rpartition("imported:")
+    return done.returncode, output, done.stderr, imported.split()
+
+
+@cache
+def help_of(command: Path) -> str:
+    code, output, error, imported = run(command, "--help")
+    assert (code, error, imported) == (0, "", []), (command, imported, error)
+    return output
+
+
+def test_discovery_finds_the_commands() -> None:
+    assert {path.stem for path in COMMANDS} >= {"convert", "doctor", "quantize", "submit", "train"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
+def test_help_has_purpose_example_options_and_exit_codes(command: Path) -> None:
+    usage, purpose, *parts = help_of(command).split("\n\n")
+    assert usage.startswith(f"usage: {command.name} ")
+    assert "\n" not in purpose and purpose.endswith(".")
+    titles = [part.partition("\n")[0] for part in parts if re.match(r"[A-Za-z ]+:\n", part)]
+    assert [title for title in titles if title != "positional arguments:"] == ["Example:", "options:", "Exit codes:"]
+    example = next(part for part in parts if part.startswith("Example:\n"))
+    assert all(f"launch/{command.name} " in line for line in example.splitlines()[1:]), example
+    codes = re.findall(r"^  (\w+) +\S", parts[-1], re.MULTILINE)
+    assert codes[0] == "0" and "2" in codes and len(codes) == len(parts[-1].splitlines()) - 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
+def test_every_argument_is_explained(command: Path) -> None:
+    listed = re.split(r"\n  (?=[\w-])", help_of(command).partition("options:")[2].partition("\n\n")[0])[1:]
+    assert len(listed) > 1
+    assert [entry for entry in listed if not re.search(r"(\n {4,}|\S {2,})\S", entry)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"), [(name, *case) for name, cases in WRONG.items() for case in cases]
+)
+def test_a_mistake_is_answered_before_anything_heavy_is_imported(
+    tmp_path: Path, name: str, arguments: list[str], said: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run_dir: runs/x\ntrain: {max_steps: 3}\n")
+    words = [word.format(folder=tmp_path, recipe=recipe) for word in arguments]
+    code, _, error, imported = run(REPOSITORY / "launch" / f"{name}.py", *words)
+    assert code == 2 and said in error, error
+    assert imported == []
