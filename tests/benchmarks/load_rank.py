@@ -29,7 +29,7 @@ def zero3(folder: Path) -> tuple[nn.Module, Costs]:
     """The loader of this project: each rank its part."""
     base = open_base(folder, ModelSection(quantization="nf4"), torch.bfloat16, "sdpa")
     placement = ZeroPartition(DEEPSPEED, torch.bfloat16)
-    report, _ = fill(base, placement, torch.bfloat16, process_group.all_gather_tensor)
+    report, _ = fill(base, placement, torch.bfloat16)
     return base.skeleton, {"bytes_read": report.bytes_read, "base_bytes": report.base_bytes}
 
 

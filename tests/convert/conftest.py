@@ -47,7 +47,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             }
         )
         opened = open_base(base, config.model, dtype, "sdpa")
-        _, content = fill(opened, Whole(torch.device("cpu")), dtype, gather=lambda own: [own])
+        _, content = fill(opened, Whole(torch.device("cpu")), dtype)
         model: Any = add_adapters(opened.skeleton, config.adapter, str(base), seed=0)
         generator = torch.Generator().manual_seed(1)
         gathered = {

@@ -19,7 +19,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Alone:
-    """Keeps the rank's pieces as they come, where DeepSpeed would note the whole shape beside them."""
+    """A placement that keeps the rank's pieces as they are, where DeepSpeed would add the whole shape.
+
+    In a collective every other rank contributes the same, in memory of its own.
+    """
 
     shard: Shard
     device: torch.device = CPU
@@ -27,13 +30,14 @@ class Alone:
     def parameter(self, shape: tuple[int, ...], piece: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(piece, requires_grad=False)
 
+    def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        return [own.clone() for _ in range(self.shard.num_ranks)]
+
 
 def load(folder: Path, shard: Shard) -> tuple[Base, LoadReport]:
-    """The real opening and filling; every peer has contributed the same, in memory of its own as after a collective."""
+    """The real opening and filling."""
     base = open_base(folder, ModelSection(), torch.bfloat16, "sdpa")
-    report, _ = fill(
-        base, Alone(shard), torch.bfloat16, gather=lambda own: [own.clone() for _ in range(shard.num_ranks)]
-    )
+    report, _ = fill(base, Alone(shard), torch.bfloat16)
     return base, report
 
 

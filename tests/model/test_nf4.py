@@ -10,7 +10,8 @@ from bitsandbytes import functional as bnb
 from torch import nn
 
 from qvtune.model.nf4 import Layout, NF4Linear, quantize_shard
-from qvtune.model.shard import Shard, Whole
+from qvtune.model.shard import Shard
+from tests.model.one_of_many import Alone
 
 # One weight; less than a block; not a multiple of a block; even; several nested blocks, the last one short.
 SHAPES = [(1, 1), (1, 5), (7, 9), (33, 65), (64, 64), (301, 203)]
@@ -34,17 +35,22 @@ def quantize_on_all_ranks(
             reads.append((start, end))
         return flat[start:end]
 
-    def contribute(own: torch.Tensor) -> list[torch.Tensor]:
-        contributed.append(own.clone())
-        raise _Gathering
+    class Contributing(Alone):
+        def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+            contributed.append(own.clone())
+            raise _Gathering
 
-    placements = [Whole(CPU, shard) for shard in Shard(0, num_ranks).peers()]
-    for placement in placements:
+    class Gathered(Alone):
+        def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+            return contributed
+
+    shards = Shard(0, num_ranks).peers()
+    for shard in shards:
         with suppress(_Gathering):
-            quantize_shard(lambda start, end: flat[start:end], layout, placement, contribute)
+            quantize_shard(lambda start, end: flat[start:end], layout, Contributing(shard))
     assert len(contributed) == num_ranks
     assert len({part.shape for part in contributed}) == 1, "all_gather needs equal shapes"
-    return [quantize_shard(read, layout, placement, lambda own: contributed) for placement in placements]
+    return [quantize_shard(read, layout, Gathered(shard)) for shard in shards]
 
 
 def joined_bytes(pieces: list[Piece], layout: Layout) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from qvtune.errors import UserError
 from qvtune.model.loader import fill, load_whole, open_base
 from qvtune.model.nf4 import NF4Linear
 from qvtune.model.shard import Shard, Whole
+from tests.model.one_of_many import Alone
 
 CPU = torch.device("cpu")
 
@@ -47,28 +48,16 @@ def test_codes_and_statistics_are_taken_as_they_are(
 def test_each_rank_reads_its_bytes_only(tmp_path: Path, llama_folder: Path, num_ranks: int) -> None:
     folder = store(llama_folder, tmp_path / "stored")
     whole = open_base(folder, ModelSection(), torch.float32, "sdpa")
-    fill(whole, Whole(CPU), torch.float32, gather=lambda own: [own])
+    fill(whole, Whole(CPU), torch.float32)
     for rank in range(num_ranks):
         base = open_base(folder, ModelSection(), torch.float32, "sdpa")
-        report, _ = fill(base, Pieces(Shard(rank, num_ranks)), torch.float32, gather=lambda own: [own] * num_ranks)
+        report, _ = fill(base, Alone(Shard(rank, num_ranks)), torch.float32)
         described = sum(tensor.num_bytes for name, tensor in base.weights.items() if ".weight." in name)
         assert report.bytes_read <= whole.weights.bytes_read / num_ranks + 2 * described
         for name, parameter in base.skeleton.named_parameters():
             complete = whole.skeleton.get_parameter(name).data.flatten()
             start, end = Shard(rank, num_ranks).span(complete.numel())
             assert torch.equal(parameter.data[: end - start].view(torch.uint8), complete[start:end].view(torch.uint8))
-
-
-class Pieces:
-    """A placement that keeps the pieces as they come."""
-
-    device = CPU
-
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-
-    def parameter(self, shape: tuple[int, ...], piece: torch.Tensor) -> torch.nn.Parameter:
-        return torch.nn.Parameter(piece, requires_grad=False)
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, llama_folder: Path) -> None:

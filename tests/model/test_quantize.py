@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def opened(folder: Path, section: ModelSection) -> tuple[Any, Any]:
     """The filled skeleton and the fingerprint."""
     base = open_base(folder, section, torch.float32, "sdpa")
-    return base.skeleton, fill(base, Whole(CPU), torch.float32, gather=lambda own: [own])[1]
+    return base.skeleton, fill(base, Whole(CPU), torch.float32)[1]
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -6,16 +6,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from qvtune.errors import UserError
+from qvtune.model.shard import Placement
 from qvtune.storage.checksum import add_checksums, all_finite, partial_checksum
 from qvtune.storage.safetensors import StoredTensor, TensorSource
-
-if TYPE_CHECKING:  # its kernels take seconds to import, and merging often does without them
-    from qvtune.model.nf4 import Gather
 
 Fingerprint = dict[str, str]  # tensor name -> "bfloat16[576, 192] 0123456789abcdef"
 MANIFEST = "nf4_manifest.json"  # of a folder made by launch/quantize.py
@@ -55,7 +52,7 @@ class ContentChecksums:
         """Raises UserError naming the tensors, of those added here, that hold NaN or infinite values."""
         _require_finite(self.weights, sorted(self._not_finite))
 
-    def fingerprint(self, gather: "Gather", device: torch.device) -> Fingerprint:
+    def fingerprint(self, placement: Placement) -> Fingerprint:
         """The fingerprint of all that the ranks have added; collective.
 
         Raises UserError, on all ranks, naming every tensor with values that are not finite.
@@ -64,9 +61,9 @@ class ContentChecksums:
         own = torch.tensor(
             [[*divmod(self.sums.get(name, 0), _HALF), name in self._not_finite] for name in names],
             dtype=torch.int64,
-            device=device,
+            device=placement.device,
         )
-        parts = torch.stack(gather(own.flatten())).view(-1, len(names), 3).cpu()
+        parts = torch.stack(placement.all_gather(own.flatten())).view(-1, len(names), 3).cpu()
         flags = parts[:, :, 2].sum(0).tolist()
         _require_finite(self.weights, [name for name, flag in zip(names, flags, strict=True) if flag])
         sums = [

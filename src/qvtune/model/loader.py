@@ -16,7 +16,7 @@ from qvtune.errors import UserError
 from qvtune.model import prequantized
 from qvtune.model.families import FAMILIES, encoder_names, ends_in, trained_matrices
 from qvtune.model.fingerprint import ContentChecksums, Fingerprint
-from qvtune.model.nf4 import Gather, Layout, NF4Linear, first_own_weight, quantize_shard
+from qvtune.model.nf4 import Layout, NF4Linear, first_own_weight, quantize_shard
 from qvtune.model.prequantized import StoredNF4
 from qvtune.model.shard import Placement, Whole, resident_bytes
 from qvtune.model.skeleton import build_skeleton, read_model_config
@@ -95,7 +95,7 @@ def load_whole(
 ) -> nn.Module:
     """The base as training with ``adapter`` sees it, whole in one process, without DeepSpeed."""
     base = open_base(folder, model, dtype, attention, adapter)
-    fill(base, Whole(device or torch.device("cpu")), dtype, gather=lambda own: [own])
+    fill(base, Whole(device or torch.device("cpu")), dtype)
     return base.skeleton
 
 
@@ -175,7 +175,6 @@ def fill(
     base: Base,
     placement: Placement,
     dtype: torch.dtype,
-    gather: Gather,
     between_modules: Callable[[], None] = lambda: None,
 ) -> tuple[LoadReport, Fingerprint]:
     """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
@@ -191,7 +190,7 @@ def fill(
         if next(module.parameters(recurse=False), None) is not None:
             between_modules()
         if isinstance(module, NF4Linear):
-            _fill_quantized(path, module, base, placement, gather, checksums)
+            _fill_quantized(path, module, base, placement, checksums)
             return_freed_memory()
         for name, empty in list(module.named_parameters(recurse=False)):
             if empty.device.type == "meta":
@@ -202,7 +201,7 @@ def fill(
         for name in prequantized.descriptions(base.weights, base.stored):  # all ranks have read them
             checksums.set_whole(name, base.weights.read(name))
     base.skeleton.to(placement.device)  # the buffers; parameters are there already
-    content = checksums.fingerprint(gather, placement.device)
+    content = checksums.fingerprint(placement)
     report = LoadReport(
         seconds=time.monotonic() - started,
         bytes_read=base.weights.bytes_read,
@@ -213,9 +212,9 @@ def fill(
 
 
 def _fill_quantized(
-    path: str, module: NF4Linear, base: Base, placement: Placement, gather: Gather, checksums: ContentChecksums
+    path: str, module: NF4Linear, base: Base, placement: Placement, checksums: ContentChecksums
 ) -> None:
-    pieces, offset = quantized_pieces(path, module.layout, base, placement, gather, checksums)
+    pieces, offset = quantized_pieces(path, module.layout, base, placement, checksums)
     for piece_name, numel in module.layout.piece_numel().items():
         setattr(module, piece_name, placement.parameter((numel,), pieces[piece_name]))
     module.offset = offset
@@ -226,7 +225,6 @@ def quantized_pieces(
     layout: Layout,
     base: Base,
     placement: Placement,
-    gather: Gather,
     checksums: ContentChecksums | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """This rank's part of the codes and statistics of module ``path``, and the offset; read, or quantized now.
@@ -245,7 +243,7 @@ def quantized_pieces(
             checksums.add(name, data[others:], start + others)
         return data
 
-    return quantize_shard(read, layout, placement, gather)
+    return quantize_shard(read, layout, placement)
 
 
 def _load_plain(

@@ -27,7 +27,6 @@ BLOCK_BYTES = BLOCK // 2
 _CHUNK = 2**20  # weights quantized at a time; whole matrices leave the cache and take a quarter longer on a CPU
 
 ReadFlat = Callable[[int, int], torch.Tensor]  # [start, end) of the flattened matrix -> 1-D tensor, any float dtype
-Gather = Callable[[torch.Tensor], list[torch.Tensor]]  # equal-sized 1-D tensors, one from each rank, in rank order
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Layout:
 
 
 def quantize_shard(
-    read_flat: ReadFlat, layout: Layout, placement: Placement, gather: Gather
+    read: ReadFlat, layout: Layout, placement: Placement
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """This rank's part of a quantized matrix, bit-equal to cutting ``bitsandbytes.quantize_4bit`` of the whole.
 
@@ -85,10 +84,10 @@ def quantize_shard(
     start, end = layout.byte_span("weight", shard)
     first_block, last_block = start // BLOCK_BYTES, math.ceil(end / BLOCK_BYTES)
     if start < end:
-        codes, absmax = _quantize(read_flat, first_block * BLOCK, min(last_block * BLOCK, layout.num_weights), device)
+        codes, absmax = _quantize(read, first_block * BLOCK, min(last_block * BLOCK, layout.num_weights), device)
     else:  # more ranks than this matrix has elements
         codes, absmax = torch.empty(0, dtype=torch.uint8), torch.empty(0, device=device)
-    absmax = _gather_absmax(absmax[_owned(start) - first_block :], layout, shard, gather)
+    absmax = _gather_absmax(absmax[_owned(start) - first_block :], layout, placement)
 
     offset = torch.zeros((), device=device)
     contents = {"weight": codes[start - first_block * BLOCK_BYTES : end - first_block * BLOCK_BYTES]}
@@ -108,11 +107,11 @@ def quantize_shard(
     return {name: as_storage(piece, layout.storage, numel[name]) for name, piece in contents.items()}, offset
 
 
-def _quantize(read_flat: ReadFlat, start: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(read: ReadFlat, start: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and fp32 absmax of ``[start, end)``, of which only ``_CHUNK`` weights are in memory at a time."""
     parts = []
     for first in range(start, end, _CHUNK):
-        weights = read_flat(first, min(first + _CHUNK, end)).to(device).float()
+        weights = read(first, min(first + _CHUNK, end)).to(device).float()
         packed, state = bnb.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
         parts.append((packed.view(-1), state.absmax))
     codes, absmax = zip(*parts, strict=True)
@@ -129,12 +128,14 @@ def _owned(byte: int) -> int:
     return math.ceil(byte / BLOCK_BYTES)
 
 
-def _gather_absmax(own: torch.Tensor, layout: Layout, shard: Shard, gather: Gather) -> torch.Tensor:
+def _gather_absmax(own: torch.Tensor, layout: Layout, placement: Placement) -> torch.Tensor:
     """fp32 absmax of all blocks, from each rank those that begin in its part of the codes."""
-    counts = _owned_counts(layout, shard.num_ranks)
+    counts = _owned_counts(layout, placement.shard.num_ranks)
+    count = counts[placement.shard.rank]
     padded = own.new_zeros(max(counts))
-    padded[: counts[shard.rank]] = own[: counts[shard.rank]]
-    return torch.cat([part[:count] for part, count in zip(gather(padded), counts, strict=True)])
+    padded[:count] = own[:count]
+    parts = placement.all_gather(padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 @lru_cache

@@ -116,7 +116,7 @@ def _write_shard(
 def _quantized_tensors(name: str, layout: Layout, checksums: ContentChecksums) -> dict[str, torch.Tensor]:
     """One matrix as transformers stores it: by our own quantization, which is bit-equal to bitsandbytes'."""
     read = bind(_read, name, checksums)
-    pieces, offset = quantize_shard(read, layout, Whole(torch.device("cpu")), lambda own: [own])
+    pieces, offset = quantize_shard(read, layout, Whole(torch.device("cpu")))
     content = {piece: pieces[piece].view(torch.uint8)[:size] for piece, size in layout.piece_bytes().items()}
     stored = checksums.weights[name]
     absmax = content["absmax"] if layout.double_quant else content["absmax"].view(torch.float32)

@@ -43,6 +43,10 @@ class Placement(Protocol):
         """A frozen parameter of ``shape`` of which this rank holds ``piece`` (1-D, ``shard.numel`` elements)."""
         ...
 
+    def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks that hold a part, in rank order; equal shapes. Collective."""
+        ...
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -54,6 +58,10 @@ class Whole:
     def parameter(self, shape: tuple[int, ...], piece: torch.Tensor) -> nn.Parameter:
         """``piece`` itself, in its shape."""
         return nn.Parameter(piece.to(self.device).view(shape), requires_grad=False)
+
+    def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """``own`` alone: no other rank holds a part."""
+        return [own]
 
 
 class ZeroPartition:
@@ -92,6 +100,10 @@ class ZeroPartition:
         parameter.ds_numel_aligned = stored.numel() * self.shard.num_ranks
         free_param(parameter)
         return cast(nn.Parameter, parameter)
+
+    def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """As ``Placement``."""
+        return process_group.all_gather_tensor(own)
 
 
 def resident_bytes(parameter: nn.Parameter) -> int:

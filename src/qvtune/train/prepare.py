@@ -70,10 +70,9 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
-        gather = process_group.all_gather_tensor
     else:
-        placement, gather = Whole(process_group.device()), lambda own: [own]
-    load, content = fill(base, placement, planned.dtype, gather, stop.poll)
+        placement = Whole(process_group.device())
+    load, content = fill(base, placement, planned.dtype, stop.poll)
     if planned.resume is not None:
         checkpoint_state.require_base(planned.resume, content)
     with process_group.raise_on_all_ranks():

@@ -13,6 +13,7 @@ import torch
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.model.fingerprint import ContentChecksums, Fingerprint
+from qvtune.model.shard import Whole
 from qvtune.storage.safetensors import StoredTensor, TensorFiles, open_weights
 
 if TYPE_CHECKING:
@@ -48,12 +49,11 @@ class MergeBase:
             return read
         from qvtune.model.loader import quantized_pieces
         from qvtune.model.nf4 import dequantize_range
-        from qvtune.model.shard import Whole
 
         assert self.opened is not None
         layout, whole = self.quantized[name], Whole(torch.device("cpu"))
         path = name.removesuffix(".weight")
-        pieces, offset = quantized_pieces(path, layout, self.opened, whole, lambda own: [own], checksums)
+        pieces, offset = quantized_pieces(path, layout, self.opened, whole, checksums)
         return lambda start, end: dequantize_range(pieces, offset, layout, start, end)
 
     def fingerprint(self, checksums: ContentChecksums) -> Fingerprint:
@@ -63,7 +63,7 @@ class MergeBase:
 
             for name in descriptions(self.weights, self.opened.stored):
                 checksums.set_whole(name, self.weights.read(name))
-        return checksums.fingerprint(lambda own: [own], torch.device("cpu"))
+        return checksums.fingerprint(Whole(torch.device("cpu")))
 
 
 def open_merge_base(folder: Path, model: ModelSection, dtype: torch.dtype) -> MergeBase:
