@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Never
@@ -20,10 +21,7 @@ from qvtune.checkpoint.folder import (
     write,
 )
 from qvtune.errors import UserError
-
-
-class Crash(BaseException):
-    """The process ends here."""
+from tests.support.processes import killed
 
 
 def files(**content: str) -> Callable[[Path], None]:
@@ -35,7 +33,9 @@ def files(**content: str) -> Callable[[Path], None]:
 
 
 def crash(*arguments: Any, **keywords: Any) -> Never:
-    raise Crash
+    """The process ends here."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def names(folder: Path) -> list[str]:
@@ -43,8 +43,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_written_checkpoint_is_complete(tmp_path: Path) -> None:
-    size = write(tmp_path / "checkpoints", 20, files(a="four", b="sixsix"))
-    folder = tmp_path / "checkpoints/step-00000020"
+    size = write(tmp_path / "run/checkpoints", 20, files(a="four", b="sixsix"))
+    folder = tmp_path / "run/checkpoints/step-00000020"
     assert size == 10
     assert names(folder) == ["a.txt", "b.txt", "manifest.json"]
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -76,18 +76,18 @@ def test_newest_of_nothing(tmp_path: Path) -> None:
 def die_while_writing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     def write_half(folder: Path) -> None:
         (folder / "a.txt").write_text("hal")
-        raise Crash
+        crash()
 
     return write_half
 
 
 def die_before_the_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    monkeypatch.setattr(checkpoint_folder.os, "rename", crash)
+    monkeypatch.setattr(os, "rename", crash)
     return files(a="second")
 
 
 def die_in_fsync(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    monkeypatch.setattr(checkpoint_folder.os, "fsync", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     return files(a="second")
 
 
@@ -96,8 +96,7 @@ def test_a_crash_leaves_the_checkpoints_before_and_nothing_that_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die: Callable[[pytest.MonkeyPatch], Callable[[Path], None]]
 ) -> None:
     write(tmp_path, 1, files(a="first"))
-    with monkeypatch.context() as context, pytest.raises(Crash):
-        write(tmp_path, 2, die(context))
+    assert killed(lambda: write(tmp_path, 2, die(monkeypatch)))
     assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, 1)]
     assert os.readlink(tmp_path / "latest") == "step-00000001"
     assert len(names(tmp_path)) == 3
@@ -108,10 +107,12 @@ def test_a_crash_leaves_the_checkpoints_before_and_nothing_that_looks_complete(
 
 def test_a_crash_between_rename_and_latest_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 1, files(a="first"))
-    with monkeypatch.context() as context:
-        context.setattr(checkpoint_folder.os, "replace", crash)
-        with pytest.raises(Crash):
-            write(tmp_path, 2, files(a="second"))
+
+    def write_and_die() -> None:
+        monkeypatch.setattr(os, "replace", crash)
+        write(tmp_path, 2, files(a="second"))
+
+    assert killed(write_and_die)
     assert newest(tmp_path) == step_folder(tmp_path, 2), "what is resumed does not hang on the link"
     verify(step_folder(tmp_path, 2))
     write(tmp_path, 3, files(a="third"))
@@ -131,10 +132,20 @@ def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
         real_rename(source, target)
         synced.clear()
 
-    monkeypatch.setattr(checkpoint_folder.os, "fsync", fsync)
-    monkeypatch.setattr(checkpoint_folder.os, "rename", rename)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
     write(tmp_path, 1, files(a="1", b="2"))
-    assert synced == [tmp_path.name], "and the new names after it"
+    assert synced == [tmp_path.name] * 2, "and the new names after it: of the checkpoint, and of the link"
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "a.txt").write_text("hal")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "run" / "checkpoints", 1, fail)
+    assert names(tmp_path / "run" / "checkpoints") == []
 
 
 def test_the_same_step_again_replaces_the_old_one(tmp_path: Path) -> None:
@@ -190,10 +201,12 @@ def test_a_checkpoint_without_an_evaluation_is_not_the_best(tmp_path: Path) -> N
 def test_a_crash_while_pruning_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         write(tmp_path, step, files(a="text"))
-    with monkeypatch.context() as context:
-        context.setattr(checkpoint_folder.shutil, "rmtree", crash)
-        with pytest.raises(Crash):
-            prune(tmp_path, keep=1)
+
+    def prune_and_die() -> None:
+        monkeypatch.setattr("shutil.rmtree", crash)
+        prune(tmp_path, keep=1)
+
+    assert killed(prune_and_die)
     assert complete_checkpoints(tmp_path) == [step_folder(tmp_path, 2)]
     remove_unfinished(tmp_path)
     assert names(tmp_path) == ["latest", "step-00000002"]

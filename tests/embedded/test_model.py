@@ -23,7 +23,6 @@ def test_without_the_package_the_message_says_how_to_get_it(tmp_path: Path, monk
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -38,7 +37,6 @@ def test_a_faster_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Two processes convert at once: the second finds the first one's folder in its place and uses it."""
 
     def slow(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
         (tmp_path / "cache/smollm2-135m-instruct").mkdir()
         (tmp_path / "cache/smollm2-135m-instruct/config.json").write_text("the other's")
 

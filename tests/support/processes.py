@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,23 @@ def run_ranks(
     shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     return _run([command] * num_ranks, ranks, folder, timeout)
+
+
+def killed(action: Callable[[], object]) -> bool:
+    """Whether ``action``, in a copy of this process, killed it; an error of the action is one of the test."""
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    return code == -signal.SIGKILL
 
 
 @contextmanager

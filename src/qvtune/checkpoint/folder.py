@@ -17,13 +17,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qvtune.errors import UserError
-from qvtune.storage.files import fsync, sha256
+from qvtune.storage.atomic import atomic_folder, discard
+from qvtune.storage.files import fsync, sha256, write_json
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
@@ -47,30 +47,19 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def write(checkpoints: Path, step: int, write_files: Callable[[Path], None], workspace: Path | None = None) -> int:
-    """Write one checkpoint: files into a private folder, fsync, manifest, one rename, ``latest``. Returns its bytes.
+    """Write one checkpoint: the files of ``write_files``, their manifest, the link ``latest``. Returns its bytes.
 
-    A crash at any moment leaves either the complete folder or a hidden one that ``remove_unfinished`` deletes.
+    A crash at any moment leaves either the complete folder or a hidden one that ``remove_unfinished`` deletes. A
+    checkpoint of the same step, written before a resume from an older one, is replaced.
     """
-    if workspace is None:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        workspace = checkpoints
     target = step_folder(checkpoints, step)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=workspace))
-    write_files(temporary)
-    files = sorted(path for path in temporary.iterdir())
-    manifest: dict[str, dict[str, Any]] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in temporary.iterdir():
-        path.chmod(0o644)  # safetensors makes its files private
-        fsync(path)
-    temporary.chmod(0o755)
-    fsync(temporary)
-    if target.exists():  # the same step again, after a resume from an older one
-        _discard(target, workspace)
-    os.rename(temporary, target)
-    _point("latest", target, workspace)
+    with atomic_folder(target, if_taken="replace", workspace=workspace) as private:
+        write_files(private)
+        manifest: dict[str, dict[str, Any]] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(private.iterdir())
+        }
+        write_json(private / MANIFEST, manifest)
+    _point("latest", target, workspace or checkpoints)
     return sum(int(entry["bytes"]) for entry in manifest.values())
 
 
@@ -90,7 +79,7 @@ def prune(checkpoints: Path, keep: int, workspace: Path | None = None) -> None:
     """Delete all but the best checkpoint and the newest ``keep`` besides it."""
     best = (checkpoints / "best").resolve().name
     for folder in [path for path in complete_checkpoints(checkpoints) if path.name != best][:-keep]:
-        _discard(folder, workspace or checkpoints)
+        discard(folder, workspace or checkpoints)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
@@ -150,10 +139,3 @@ def _point(name: str, target: Path, workspace: Path) -> None:
     link.symlink_to(target.name)
     os.replace(link, target.parent / name)
     fsync(target.parent)
-
-
-def _discard(folder: Path, workspace: Path) -> None:
-    """Delete a folder so that it never looks complete meanwhile."""
-    doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=workspace))
-    os.rename(folder, doomed / folder.name)
-    shutil.rmtree(doomed)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvtune.storage.atomic import atomic_file
 from qvtune.storage.files import write_json
 
 _PREFIX, _IDENTITY, _ASIDE = ".owner-", "owner.json", "aside"
@@ -96,8 +97,8 @@ def take(run_dir: Path) -> Owner:
     owner = Owner(run_dir, generation, folder / secrets.token_hex(8))
     try:
         owner.workspace.mkdir()
-        write_json(owner.workspace / _IDENTITY, identity)
-        os.replace(owner.workspace / _IDENTITY, folder / _IDENTITY)
+        with atomic_file(folder / _IDENTITY, workspace=owner.workspace) as private:
+            write_json(private, identity)
     except FileNotFoundError as error:
         raise RunFolderLostError(_lost(run_dir)) from error
     if _generations(run_dir)[-1] != folder:  # this process slept before it made its folder

@@ -18,7 +18,7 @@ from qvtune.data.packing import PackedRow, pack
 from qvtune.data.rows import BadRowError, BadRows, Row, file_sha256, read_rows
 from qvtune.data.tokenize import FIXED_DATE, Document
 from qvtune.errors import UserError
-from qvtune.storage.folder import new_folder
+from qvtune.storage.atomic import atomic_folder
 
 CACHE_VERSION = 1  # increment it when the same rows would give other tokens, labels or columns
 ROWS_FILE, COUNTS_FILE = "rows.arrow", "counts.json"
@@ -84,7 +84,7 @@ def build_token_rows(
         documents, counts = _tokenize_file(path, config, tokenizer, task, between_rows)
         lengths = [len(document) for document, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
-        with new_folder(folder) as private:
+        with atomic_folder(folder, if_taken="keep") as private:
             _write_rows(private / ROWS_FILE, documents, groups, between_rows)
             (private / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     return TokenRows(folder)

@@ -4,7 +4,6 @@ JSON lines over plain sockets with deadlines everywhere: the doctor must end als
 """
 
 import json
-import os
 import socket
 import socketserver
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 from qvtune.distributed.ports import any_free_port
 from qvtune.doctor.findings import Report
+from qvtune.storage.atomic import atomic_file
 
 _LONGEST_LINE = 1 << 20  # bytes
 _CLOCK_ROUNDS = 5
@@ -182,9 +182,8 @@ def visit(host: str, port: int, job: str, deadline: float) -> Visit:
 
 def leave_in(folder: Path, report: Report) -> None:
     """The report as a file, for a master that cannot be reached otherwise; appears whole."""
-    temporary = folder / f".report-{report.node}"
-    temporary.write_text(json.dumps(report.as_json()), encoding="utf-8")
-    os.replace(temporary, folder / f"report-{report.node}.json")
+    with atomic_file(folder / f"report-{report.node}.json") as private:
+        private.write_text(json.dumps(report.as_json()), encoding="utf-8")
 
 
 def left_in(folder: Path) -> dict[int, Report]:

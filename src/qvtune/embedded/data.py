@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from qvtune.errors import UserError
-from qvtune.storage.folder import new_folder
+from qvtune.storage.atomic import atomic_folder
 
 VERSION = 1  # raise it whenever the rows change
 NUM_EVAL_ROWS = 100
@@ -52,7 +52,7 @@ def demo_files(cache_dir: Path) -> tuple[Path, Path]:
                 f"documented functions and classes, fewer than {MIN_ROWS}. Use a Python that comes with its sources, "
                 "or set data.train and data.eval to JSONL files of your own."
             )
-        with new_folder(folder) as private:
+        with atomic_folder(folder, if_taken="keep") as private:
             _write(private / "train.jsonl", rows[NUM_EVAL_ROWS:])
             _write(private / "eval.jsonl", rows[:NUM_EVAL_ROWS])
     return folder / "train.jsonl", folder / "eval.jsonl"

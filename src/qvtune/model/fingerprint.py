@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 
 from qvtune.errors import UserError
 from qvtune.model.shard import Placement
+from qvtune.storage.atomic import atomic_file
 from qvtune.storage.checksum import add_checksums, all_finite, partial_checksum
 from qvtune.storage.safetensors import StoredTensor, TensorSource
 
@@ -122,9 +121,8 @@ def require_unchanged(weights: TensorSource, found: Fingerprint, records: Path) 
             require_same(record["tensors"], found, str(folder), advice)
             return
     records.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=records, suffix=".json", delete=False) as file:
-        json.dump({"folder": str(folder), "files": files, "tensors": found}, file)
-    os.replace(file.name, path)
+    with atomic_file(path) as private:
+        private.write_text(json.dumps({"folder": str(folder), "files": files, "tensors": found}), encoding="utf-8")
 
 
 def read(path: Path) -> Fingerprint:

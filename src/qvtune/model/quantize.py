@@ -1,7 +1,6 @@
 """A base quantized once: an ordinary 4-bit folder of bitsandbytes' format; later starts read a quarter of the bytes."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial as bind
 from pathlib import Path
@@ -21,7 +20,8 @@ from qvtune.model.fingerprint import MANIFEST, ContentChecksums, Fingerprint, re
 from qvtune.model.loader import open_base
 from qvtune.model.nf4 import BLOCK, NESTED_BLOCK, Layout, quantize_shard
 from qvtune.model.shard import Whole
-from qvtune.storage.files import fsync, sha256, write_json
+from qvtune.storage.atomic import atomic_file
+from qvtune.storage.files import sha256, write_json
 from qvtune.storage.partial import PartialOutput, partial_output, require_free
 from qvtune.storage.paths import cache_dir
 from qvtune.storage.safetensors import StoredTensor, TensorSource, open_weights, read_headers
@@ -106,10 +106,8 @@ def _write_shard(
         else:
             tensors[name] = _read(name, checksums).view(checksums.weights[name].shape)
     checksums.require_finite()
-    temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    fsync(temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as private:
+        save_file(tensors, private, metadata={"format": "pt"})
     return checksum_of(path)
 
 

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qvtune.errors import UserError
-from qvtune.storage.files import fsync, write_json
+from qvtune.storage.atomic import atomic_file, publish
+from qvtune.storage.files import write_json
 from qvtune.storage.writer import FilePlans, WrittenFile, checksum_of
 
 _PROGRESS, _LOCK, _MODEL = "progress.json", "lock", "model"
@@ -62,10 +62,8 @@ class PartialOutput:
 
     def save(self) -> None:
         """Put the progress on the disk."""
-        temporary = self.root / f".{_PROGRESS}"
-        write_json(temporary, self.progress)
-        fsync(temporary)
-        os.replace(temporary, self.root / _PROGRESS)
+        with atomic_file(self.root / _PROGRESS) as private:
+            write_json(private, self.progress)
 
     def require_room(self, files: FilePlans) -> None:
         """Raises DiskFullError where the files that are missing do not fit, before any of them is begun."""
@@ -95,10 +93,7 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
         partial = _open(root, hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest())
         try:
             yield partial
-            for path in [*partial.folder.rglob("*"), partial.folder]:
-                if path.is_file():
-                    path.chmod(0o644)  # safetensors makes its files private
-                fsync(path)
+            publish(partial.folder, output)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -108,8 +103,6 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
         except UserError:
             shutil.rmtree(root)
             raise
-        os.rename(partial.folder, output)
-        fsync(output.parent)
         shutil.rmtree(root)
 
 

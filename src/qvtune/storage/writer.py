@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from qvtune.storage.atomic import atomic_file
 from qvtune.storage.checksum import add_checksums, partial_checksum
 from qvtune.storage.files import write_json
 from qvtune.storage.safetensors import ALL_DTYPES, INDEX, SINGLE, StoredTensor
@@ -81,15 +82,14 @@ def write_index(folder: Path, files: Mapping[str, Sequence[TensorPlan | StoredTe
 
 
 def write_file(path: Path, plans: Sequence[TensorPlan], pieces: Pieces, num_threads: int = 1) -> WrittenFile:
-    """Write one file, which appears by a rename when all of it is on the disk; the bytes do not depend on the threads.
+    """Write one file, which appears when all of it is on the disk; its bytes do not depend on ``num_threads``.
 
     ``pieces(name)`` is called once for each plan, in one of ``num_threads`` threads. An exception from it, or from a
-    disk that is full, is raised here, with the file as it is left under ``.NAME``.
+    disk that is full, is raised here, and nothing is left of the file.
     """
     header, offsets = _layout(plans)
     total = len(header) + sum(plan.num_bytes for plan in plans)
-    hidden = path.with_name(f".{path.name}")
-    with hidden.open("wb") as file:
+    with atomic_file(path) as private, private.open("wb") as file:
         descriptor = file.fileno()
         os.truncate(descriptor, total)
         checksums = [_write_at(descriptor, torch.frombuffer(bytearray(header), dtype=torch.uint8), 0)]
@@ -103,7 +103,6 @@ def write_file(path: Path, plans: Sequence[TensorPlan], pieces: Pieces, num_thre
                 pool.shutdown(cancel_futures=True)
                 raise
         os.fsync(descriptor)
-    os.replace(hidden, path)
     return WrittenFile(total, add_checksums(checksums))
 
 

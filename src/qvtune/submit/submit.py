@@ -19,6 +19,7 @@ from qvtune.console import console
 from qvtune.doctor import storage
 from qvtune.doctor.findings import Finding
 from qvtune.errors import Problems, UserError
+from qvtune.storage.atomic import atomic_folder
 from qvtune.storage.files import write_json
 from qvtune.submit.batch import run_dir_of_job
 from qvtune.versions import repository
@@ -144,18 +145,16 @@ def _all_or_nothing(path: Path) -> Iterator[None]:
 
 
 def freeze(run: RunConfig, frozen: Path, request: Request, command: Sequence[str]) -> None:
-    """Copy code, configuration and DeepSpeed JSON, and note commit and command; ``frozen`` appears whole."""
-    unfinished = frozen.with_name(f".{frozen.name}")
-    unfinished.mkdir(parents=True)
-    for name in _CODE:
-        shutil.copytree(repository() / name, unfinished / name, ignore=_NOT_CODE)
-    shutil.copyfile(find_json(run.deepspeed), unfinished / "deepspeed.json")
-    as_run = run.model_copy(update={"deepspeed": str(frozen / "deepspeed.json")})
-    (unfinished / "config.yaml").write_text(dump_config(as_run), encoding="utf-8")
-    (unfinished / versions.COMMIT_FILE).write_text(f"{versions.commit() or ''}\n", encoding="utf-8")
-    record = {"recipe": str(request.config), "overrides": list(request.overrides), "command": list(command)}
-    write_json(unfinished / "submission.json", {**record, "folder": os.getcwd(), "commit": versions.commit()})
-    os.rename(unfinished, frozen)
+    """Copy code, configuration and DeepSpeed JSON into a new folder ``frozen``, with a record of commit and command."""
+    with atomic_folder(frozen) as private:
+        for name in _CODE:
+            shutil.copytree(repository() / name, private / name, ignore=_NOT_CODE)
+        shutil.copyfile(find_json(run.deepspeed), private / "deepspeed.json")
+        as_run = run.model_copy(update={"deepspeed": str(frozen / "deepspeed.json")})
+        (private / "config.yaml").write_text(dump_config(as_run), encoding="utf-8")
+        (private / versions.COMMIT_FILE).write_text(f"{versions.commit() or ''}\n", encoding="utf-8")
+        record = {"recipe": str(request.config), "overrides": list(request.overrides), "command": list(command)}
+        write_json(private / "submission.json", {**record, "folder": os.getcwd(), "commit": versions.commit()})
 
 
 def _command(request: Request, frozen: Path) -> list[str]:

@@ -18,6 +18,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.distributed import process_group
 from qvtune.errors import UserError
+from qvtune.storage.atomic import atomic_file
 from qvtune.storage.files import write_json
 
 # Settings that may change between the starts of a run. They do not change the losses, or, like another number of steps
@@ -109,11 +110,11 @@ def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tupl
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
         with owner.writing() as workspace:
-            (workspace / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            write_json(workspace / "deepspeed.json", deepspeed_config)
-            write_json(workspace / "environment.json", environment(hosts))
-            for name in ("config.yaml", "deepspeed.json", "environment.json"):
-                os.replace(workspace / name, owner.run_dir / name)
+            with atomic_file(owner.run_dir / "config.yaml", workspace=workspace) as private:
+                private.write_text(dump_config(config), encoding="utf-8")
+            for name, content in (("deepspeed", deepspeed_config), ("environment", environment(hosts))):
+                with atomic_file(owner.run_dir / f"{name}.json", workspace=workspace) as private:
+                    write_json(private, content)
             checkpoints = owner.run_dir / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
             checkpoint_folder.remove_unfinished(checkpoints)
