@@ -4,7 +4,7 @@
 Example:
   deepspeed --num_gpus 2 launch/train.py --config launch/recipes/demo.yaml optimizer.lr_multipliers.v=4
 
-Also runs under torchrun, under srun, and with plain python as one process. Settings: launch/README.md.
+Also runs under torchrun, under srun, and with plain python as one process. Settings: --settings.
 
 Exit codes:
   0      the run is complete
@@ -19,17 +19,23 @@ from pathlib import Path
 
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
+from qvtune.config.settings import show_settings
 from qvtune.console import command_parser
-from qvtune.distributed.command import run_command
+from qvtune.distributed.command import run_alone, run_command
 
 
 def main() -> int:
     """Parse the command line, check the configuration and train."""
     parser = command_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE.yaml", help="the settings of the run")
+    parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="the settings of the run; required")
+    parser.add_argument("--settings", nargs="?", const="", metavar="SECTION", help="print all settings, or a section's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK is read
     options = parser.parse_intermixed_args()
+    if options.settings is not None:
+        return run_alone(lambda: show_settings(options.settings))
+    if options.config is None:
+        parser.error("--config RECIPE.yaml is required")
     return run_command(lambda: load_config(options.config, options.overrides), _train)
 
 

@@ -91,3 +91,14 @@ def test_a_mistake_is_answered_before_anything_heavy_is_imported(
     code, _, error, imported = run(REPOSITORY / "launch" / f"{name}.py", *words)
     assert code == 2 and said in error, error
     assert imported == []
+
+
+def test_the_settings_are_shown_without_a_recipe_and_without_torch() -> None:
+    code, output, error, imported = run(REPOSITORY / "launch" / "train.py", "--settings", "optimizer")
+    assert (code, error, imported) == (0, "", []) and "optimizer.lr_multipliers" in output
+    assert "checkpoint.keep" in run(REPOSITORY / "launch" / "train.py", "--settings")[1]
+
+
+def test_a_run_needs_a_recipe() -> None:
+    code, _, error, imported = run(REPOSITORY / "launch" / "train.py", "train.max_steps=3")
+    assert code == 2 and "--config RECIPE.yaml is required" in error and imported == []

@@ -42,42 +42,46 @@ class ModelSection(Section):
     """The frozen base model."""
 
     name_or_path: str = Field(
-        default="demo", description="folder of a Hugging Face model, or `demo` = the embedded SmolLM2-135M"
+        default="demo", description="folder of a Hugging Face model, hub id, or `demo` = the embedded SmolLM2-135M"
     )
     quantization: Literal["nf4", "none"] = Field(
-        default="nf4", description="storage of the frozen matrices; nf4 = 4 bits"
+        default="nf4", description="storage of the frozen matrices; nf4 = 4 bits per weight; none = dtype"
     )
     double_quant: bool = Field(
-        default=True, description="quantize the NF4 block statistics as well (0.37 bit a weight less)"
+        default=True, description="quantize the NF4 block statistics, too: 0.37 bit per weight less"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="compute; auto = bfloat16 on a GPU that has it"
+        default="auto", description="compute dtype; auto = bfloat16 on a GPU that supports it, else float32"
     )
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = Field(
-        default="auto", description="auto = the fastest that the device has; the choice is logged with its reason"
+        default="auto",
+        description="attention kernels; auto = the fastest that the device supports; the reason is logged",
     )
     allow_pickle: bool = Field(
-        default=False, description="read legacy .bin weights where there are no safetensors, as tensors only"
+        default=False,
+        description="read legacy .bin weights if there are no safetensors; they are opened as tensors only",
     )
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model folder")
+    trust_remote_code: bool = Field(default=False, description="run Python code that the model folder contains")
 
 
-_OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of the adapter that `full` has not
+_OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of low-rank factors; `full` has no factors
 
 
 class AdapterSection(Section):
-    """The trained part."""
+    """What is trained."""
 
     method: Literal["lora", "rslora", "full"] = Field(
         default="lora",
-        description="factors scaled by alpha/rank (lora) or alpha/sqrt(rank) (rslora); full = the matrices themselves",
+        description="lora = factors scaled by alpha/rank; rslora = by alpha/sqrt(rank); full = the matrices themselves",
     )
     projections: tuple[Projection, ...] = Field(
         default=("q", "v"), min_length=1, description="attention projections that are trained"
     )
-    rank: Positive = 16
-    alpha: PositiveNumber = 32.0
-    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    rank: Positive = Field(default=16, description="inner dimension of the factors A and B; not with method: full")
+    alpha: PositiveNumber = Field(default=32.0, description="numerator of the scale; not with method: full")
+    dropout: Number = Field(
+        default=0.0, ge=0, lt=1, description="probability that an input of A is zeroed; not with method: full"
+    )
 
     @field_validator("projections")
     @classmethod
@@ -102,57 +106,66 @@ class AdapterSection(Section):
 class OptimizerSection(Section):
     """AdamW; ``lr`` is eta_QK of arXiv 2410.02247, ``lr_multipliers: {v: lambda}`` gives eta_V = lambda * eta_QK."""
 
-    lr: PositiveNumber = 2e-4
+    lr: PositiveNumber = Field(default=2e-4, description="peak learning rate of groups without a multiplier (eta_QK)")
     lr_multipliers: dict[str, PositiveNumber] = Field(
         default_factory=dict,
-        description="q, k, v, o or a regular expression on parameter names -> factor; first match wins",
+        description="q, k, v, o or a regular expression on parameter names -> factor on lr; the first match wins",
     )
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: PositiveNumber = 1e-8
-    weight_decay: Number = Field(default=0.0, ge=0)
-    max_grad_norm: PositiveNumber = Field(default=1.0, description="L2 norm of all gradients together")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW: decay of the two moments per step")
+    eps: PositiveNumber = Field(default=1e-8, description="AdamW: added to the denominator")
+    weight_decay: Number = Field(
+        default=0.0, ge=0, description="AdamW: parameters shrink by this times the rate per step"
+    )
+    max_grad_norm: PositiveNumber = Field(
+        default=1.0, description="gradients are clipped to this L2 norm over all trained parameters"
+    )
 
 
 class ScheduleSection(Section):
     """Learning rate = initial rate of the group * multiplier(step)."""
 
-    name: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_ratio: Ratio = Field(default=0.03, description="part of all steps that the rate rises linearly from 0")
+    name: Literal["constant", "linear", "cosine"] = Field(default="linear", description="multiplier after the warm-up")
+    warmup_ratio: Ratio = Field(
+        default=0.03, description="fraction of all steps in which the rate rises linearly from 0"
+    )
     min_ratio: Ratio = Field(default=0.0, description="multiplier that linear and cosine fall towards")
 
 
 class DataSection(Section):
-    """Rows of text."""
+    """Training and evaluation rows, and how they are packed."""
 
-    train: str = Field(
-        default="demo", description="JSONL file, or `demo` = questions on the Python standard library, made here"
-    )
-    eval: str | None = Field(default=None, description="JSONL file, `demo`, or null for no evaluation")
+    train: str = Field(default="demo", description="JSONL file, or `demo` = questions on the Python standard library")
+    eval: str | None = Field(default=None, description="JSONL file, `demo`, or null = no evaluation")
     format: Literal["auto", "chat", "prompt_completion"] = Field(
-        default="auto", description="auto = by the keys of the first row"
+        default="auto", description="format of the rows; auto = by the keys of the first row"
     )
-    max_length: Annotated[Integer, Field(ge=8)] = Field(default=1024, description="tokens a row")
-    packing: bool = Field(default=True, description="several documents in one row, each attending only to itself")
-    on_bad_row: Literal["error", "skip"] = Field(default="error", description="skip = leave out and count in the log")
+    max_length: Annotated[Integer, Field(ge=8)] = Field(default=1024, description="tokens per row")
+    packing: bool = Field(default=True, description="several documents per row; each attends only to itself")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="a row that cannot be used: error = refuse the data; skip = leave it out and log the number",
+    )
 
 
 class TrainSection(Section):
-    """How long, in what portions."""
+    """Length of the run and batch sizes."""
 
-    max_steps: Positive | None = Field(default=None, description="optimizer steps; give this or epochs")
-    epochs: PositiveNumber | None = Field(default=None, description="passes over the data; may be a fraction")
-    global_batch_size: Positive = Field(default=8, description="rows an optimizer step, over all ranks")
-    micro_batch_size: Positive = Field(default=1, description="rows a forward pass, on one rank")
-    seed: NonNegative = 0
+    max_steps: Positive | None = Field(default=None, description="number of optimizer steps; set this or epochs")
+    epochs: PositiveNumber | None = Field(
+        default=None, description="passes over the data, may be a fraction; set this or max_steps"
+    )
+    global_batch_size: Positive = Field(default=8, description="rows per optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(default=1, description="rows per forward pass on one rank")
+    seed: NonNegative = Field(default=0, description="of the order of rows, of new parameters and of dropout")
     eval_every: NonNegative = Field(
-        default=0, description="steps between evaluations; 0 = only before and after training"
+        default=0, description="optimizer steps between evaluations; 0 = only before and after training"
     )
-    save_every: NonNegative = Field(default=0, description="steps between checkpoints; 0 = only after the last step")
-    stop_after_step: Positive | None = Field(
-        default=None, description="save and leave with exit code 75 after this step"
+    save_every: NonNegative = Field(
+        default=0, description="optimizer steps between checkpoints; 0 = only after the last step"
     )
+    stop_after_step: Positive | None = Field(default=None, description="save after this step and exit with code 75")
     activation_checkpointing: bool = Field(
-        default=False, description="recompute activations in backward: less memory, half as much work again"
+        default=False, description="recompute activations in backward: less memory, about 50 % more computation"
     )
 
     @model_validator(mode="after")
@@ -163,19 +176,23 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept, and how a run begins."""
+    """Which checkpoints are kept, and how a run starts."""
 
-    keep: Positive = Field(default=3, description="newest checkpoints that are kept")
+    keep: Positive = Field(default=3, description="number of newest checkpoints that are kept, besides `best`")
     resume: Literal["never", "if_available", "always"] = Field(
-        default="if_available", description="never = start anew (an earlier run in run_dir is moved aside, not deleted)"
+        default="if_available",
+        description="never = start from scratch (an earlier run in run_dir is renamed, not deleted); "
+        "if_available = resume from the newest checkpoint if there is one; always = fail if there is none",
     )
 
 
 class RunConfig(Section):
     """A complete run."""
 
-    task: Literal["causal_lm"] = "causal_lm"
-    run_dir: str
+    task: Literal["causal_lm"] = Field(
+        default="causal_lm", description="what is trained: causal_lm = next-token prediction"
+    )
+    run_dir: str = Field(description="folder of the run: record, checkpoints, logs")
     deepspeed: str = Field(
         default="zero3.json", description="DeepSpeed JSON: a path, or the name of a file in ds_configs/"
     )
