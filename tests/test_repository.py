@@ -1,4 +1,4 @@
-"""README, Makefile, lock file, scripts and declared dependencies agree with what is there."""
+"""Makefile, lock file, scripts and declared dependencies agree with what is there."""
 
 import ast
 import configparser
@@ -39,23 +39,6 @@ def repository_files() -> tuple[Path, ...]:
     return files
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
-
-
-def tree_paths() -> set[str]:
-    """The paths of README's annotated tree; two spaces of indentation are one level."""
-    block = readme().split("## What is where")[1].split("```")[1]
-    parents: list[str] = []
-    paths = set()
-    for line in block.strip().splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        paths.add("".join([*parents[:depth], name]))
-        parents[depth:] = [name]
-    return paths
-
-
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -82,32 +65,6 @@ def pinned_version(requirement: Requirement) -> str:
     (specifier,) = requirement.specifier
     assert specifier.operator == "==" and not specifier.version.endswith("*"), f"{requirement} is not pinned"
     return specifier.version
-
-
-def test_every_path_of_the_readme_tree_exists() -> None:
-    paths = tree_paths()
-    assert len(paths) > 15
-    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
-    assert sorted(path for path in paths if path.endswith("/") != (ROOT / path).is_dir()) == []
-
-
-def test_the_readme_tree_names_every_top_level_entry_and_every_package() -> None:
-    top_level = {f"{file.parts[0]}/" if len(file.parts) > 1 else file.name for file in repository_files()}
-    packages = {f"{file.parent}/" for file in repository_files() if file.match("src/qvtune/*/__init__.py")}
-    named = tree_paths() | {path.split("/")[0] + "/" for path in tree_paths() if "/" in path}
-    assert sorted((top_level | packages) - named - {"src/"}) == []
-
-
-def test_every_path_that_the_readme_mentions_exists() -> None:
-    mentioned = set(re.findall(r"\b(?:launch|ds_configs|src|tests|slurm)/[\w./-]*\w", readme()))
-    assert len(mentioned) > 4
-    assert sorted(path for path in mentioned if not (ROOT / path).exists()) == []
-
-
-def test_every_make_target_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", readme(), re.MULTILINE))
-    assert {"demo", "test", "env", "lint"} <= named
-    assert named <= make_targets()
 
 
 def test_every_make_target_is_phony() -> None:
