@@ -22,10 +22,12 @@ from qvtune.config.schema import RunConfig
 from qvtune.config.settings import show_settings
 from qvtune.console import command_parser
 from qvtune.distributed.command import run_alone, run_command
+from qvtune.distributed.stop_signals import record_stop_signals
 
 
 def main() -> int:
     """Parse the command line, check the configuration and train."""
+    record_stop_signals()
     parser = command_parser(__doc__)
     parser.add_argument("--config", type=Path, metavar="RECIPE.yaml", help="the settings of the run; required")
     parser.add_argument("--settings", nargs="?", const="", metavar="SECTION", help="print all settings, or a section's")

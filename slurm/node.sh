@@ -15,10 +15,15 @@ devices() {
     done | paste -s -d @
 }
 
-# Slurm's signals reach every process of the step, and the ranks act on them. The launcher's outer process would die of
-# SIGTERM, both of SIGUSR1; the inner one handles SIGTERM: it passes it on, waits, and returns 1 whatever the ranks do.
+# Slurm signals every process of the step, and the ranks stop on request. SIGTERM would kill the outer process of the
+# launcher, SIGUSR1 both; the inner one handles SIGTERM: it forwards it, waits, and returns 1 whatever the ranks return.
+# Ranks that do not exist yet, or have no signal handler yet, read the request from the file when they start.
+stop_folder=$(mktemp -d) || exit
+trap 'rm -r "$stop_folder"' EXIT
+export QVTUNE_STOP_FILE=$stop_folder/signal
 asked=''
-trap 'asked=yes' TERM USR1
+trap 'asked=yes; echo SIGTERM >"$QVTUNE_STOP_FILE"' TERM
+trap 'asked=yes; echo SIGUSR1 >"$QVTUNE_STOP_FILE"' USR1
 (
     trap '' TERM USR1
     exec deepspeed --hostfile "$QVTUNE_LOGS/hosts" --include "$(devices)" --no_ssh --node_rank "$SLURM_NODEID" \

@@ -1,14 +1,22 @@
-"""One request may come as several signals; a second request is an order."""
+"""One request may arrive as several signals; a second request ends the process."""
 
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from qvtune.distributed import process_group, stop
-from qvtune.distributed.stop import REPEAT_SECONDS, SIGNALS, StopRequest
+from qvtune.distributed import process_group, stop, stop_signals
+from qvtune.distributed.stop import StopRequest
+from qvtune.distributed.stop_signals import (
+    REPEAT_SECONDS,
+    SIGNALS,
+    STOP_FILE,
+    end_at_second_request,
+    record_stop_signals,
+)
 from qvtune.errors import StopRequested
 
 
@@ -63,6 +71,59 @@ def test_a_new_run_of_the_process_has_not_been_asked() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     wait_for(first)
     StopRequest().poll()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_there_is_a_stop_request_is_recorded(number: signal.Signals) -> None:
+    """As long as the command imports what it needs."""
+    record_stop_signals()
+    os.kill(os.getpid(), number)
+    request = StopRequest()
+    with pytest.raises(StopRequested, match=rf"stopped on request \({number.name}\)"):
+        request.poll()
+    StopRequest().poll()
+
+
+def test_a_recorded_signal_is_the_first_request(exits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    record_stop_signals()
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    request = StopRequest()
+    assert exits == []
+    request._received(signal.SIGUSR1, 1000.0 + REPEAT_SECONDS)
+    assert exits == [128 + signal.SIGUSR1]
+
+
+def test_a_second_signal_ends_a_process_that_only_records(exits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that listens: Python calls no handler as long as the main thread is blocked."""
+    now, arrivals = [1000.0], []
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        stop_signals, "end_at_second_request", lambda *details: arrivals.append(end_at_second_request(*details))
+    )
+    record_stop_signals()
+    for num_arrived, seconds in enumerate((0.0, REPEAT_SECONDS - 1, REPEAT_SECONDS), start=1):
+        now[0] = 1000.0 + seconds
+        os.kill(os.getpid(), signal.SIGTERM)
+        while len(arrivals) < num_arrived:
+            time.sleep(0.001)
+    assert exits == [128 + signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("content", "expected"), [("SIGTERM\n", "SIGTERM"), ("", "SIGUSR1"), (None, None)])
+def test_a_signal_that_the_batch_script_has_received_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, expected: str | None
+) -> None:
+    """slurm/node.sh writes it; it may not have written all of it yet."""
+    monkeypatch.setenv(STOP_FILE, str(tmp_path / "signal"))
+    if content is not None:
+        (tmp_path / "signal").write_text(content)
+    request = StopRequest()
+    if expected is None:
+        request.poll()
+    else:
+        with pytest.raises(StopRequested, match=expected):
+            request.poll()
 
 
 def test_one_request_in_several_signals_is_one(exits: list[int]) -> None:
@@ -124,7 +185,7 @@ def test_a_launcher_that_is_gone_is_a_request(
     request.poll()
     parents |= {500: 1} if ends == "grandparent" else {1000: 1}
     if stops:
-        with pytest.raises(StopRequested, match="launcher has ended"):
+        with pytest.raises(StopRequested, match="launcher has exited"):
             request.poll()
     else:
         request.poll()

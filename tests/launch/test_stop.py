@@ -4,15 +4,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
 from qvtune.checkpoint.folder import complete_checkpoints, newest, verify
-from qvtune.distributed.stop import REPEAT_SECONDS
+from qvtune.distributed.stop_signals import REPEAT_SECONDS, SIGNALS
 from qvtune.errors import StopRequested
 from tests.launch.conftest import TRAIN, without_gpu
 from tests.support.lab import Lab
@@ -83,6 +85,38 @@ def test_a_request_leaves_a_complete_checkpoint(lab: Lab, name: str) -> None:
         assert not any(rank.is_running() for rank in ranks)
         assert launcher.wait(timeout=60) == code
     assert_clean(lab, name)
+
+
+def test_a_request_during_the_imports_is_remembered(lab: Lab) -> None:
+    """Exit code and message are those of a request before the first step, and the run folder is untouched."""
+    with ExitStack() as stack:
+        processes = {}
+        for number in SIGNALS:
+            output = lab.folder / "output" / f"early-{number.name}"
+            command = [sys.executable, TRAIN, "--config", lab.folder / "recipe.yaml"]
+            command.append(f"run_dir={lab.run_dir(output.name)}")
+            processes[output] = (number, stack.enter_context(started(command, output, **lab.environment)))
+        for number, process in processes.values():
+            # all handlers are installed at once; of SIGINT Python has one of its own
+            wait_until(lambda pid=process.pid: has_handler(pid, signal.SIGUSR1), seconds=60)  # type: ignore[misc]
+            assert not imports_torch(process.pid), "the handler is there first"
+            process.send_signal(number)
+        for output, (number, process) in processes.items():
+            assert process.wait(timeout=120) == StopRequested.exit_code, (output / "stderr.txt").read_text()
+            message = f"stopped on request ({number.name}) before the first step; there was nothing to save"
+            assert message in (output / "stderr.txt").read_text()
+            assert "Traceback" not in (output / "stderr.txt").read_text()
+            assert not lab.run_dir(output.name).exists()
+
+
+def has_handler(pid: int, number: int) -> bool:
+    """Whether a process has installed a handler for a signal: in the mask SigCgt of /proc."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def imports_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_the_second_request_ends_a_rank_at_once_and_damages_nothing(lab: Lab) -> None:

@@ -1,6 +1,7 @@
 """slurm/train.sbatch: trained is what a local run trains, however often the job is stopped."""
 
 import re
+import time
 
 import pytest
 
@@ -50,6 +51,21 @@ def test_a_job_that_is_asked_to_stop_goes_on_exactly(site: Site) -> None:
     assert "restart 0] exit code 75" in done.log(), done.story
     assert site.losses("usr1") == site.reference(2)
     assert site.steps("usr1") == list(range(1, MAX_STEPS + 1))  # no step ran twice
+
+
+def test_a_request_while_the_ranks_start_is_not_lost(site: Site) -> None:
+    """They are started by programs that ignore the signal, and have no handler yet."""
+    job = site.train("early")
+    log = site.lab.run_dir("early") / "logs" / "hosts"
+    site.cluster.wait_for_job(job, lambda now: log.exists(), "starting", timeout=120)
+    time.sleep(3)  # srun has started the launchers, which import DeepSpeed
+    site.cluster.scancel("--batch", "--signal=USR1", job)
+    site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
+    assert not (site.lab.run_dir("early") / "metrics.jsonl").exists(), "not a single step"
+    done = site.cluster.wait(job, timeout=400)
+    restarted(done, times=1)
+    assert "before the first step; there was nothing to save" in done.log(), done.story
+    assert site.losses("early") == site.reference(2)
 
 
 def test_a_preempted_job_goes_on_exactly(site: Site) -> None:

@@ -1,9 +1,9 @@
-"""Stopping on request: a signal to any rank becomes one exception, raised on all ranks at the same place.
+"""Stop requests: a signal to any rank becomes one exception, raised on all ranks at the same place.
 
-SIGTERM, SIGINT and SIGUSR1 ask for it. One request often arrives as several signals: Ctrl-C gives SIGINT to the
-launcher and to the ranks, and the launcher sends its ranks SIGTERM; Slurm signals the launcher and the ranks, and the
-launcher passes it on. So what counts as the second request, which ends the process at once, is a signal of a kind
-that came before, ``REPEAT_SECONDS`` or more after the first of that kind.
+SIGTERM, SIGINT and SIGUSR1 request a stop. One request often arrives as several signals: Ctrl-C sends SIGINT to the
+launcher and to the ranks, and the launcher then sends SIGTERM to its ranks; Slurm signals the launcher and the ranks,
+and the launcher forwards it. A second request ends the process at once: it is a signal of the same kind as an earlier
+one, ``REPEAT_SECONDS`` or more after the first of that kind.
 """
 
 import itertools
@@ -14,76 +14,65 @@ import time
 from pathlib import Path
 
 from qvtune.distributed import process_group
+from qvtune.distributed.stop_signals import end_at_second_request, listen, take_recorded
 from qvtune.errors import StopRequested
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-REPEAT_SECONDS = 3.0
-_LOOK_SECONDS = 0.5  # between looks at what others have announced, which asks a server
+_POLL_SECONDS = 0.5  # between reads of what other ranks have announced, each of which is a request to rank 0's store
 _numbers = itertools.count()
 
 
 class StopRequest:
-    """Listens from its construction to the end of the process; make one for each run, on all ranks alike.
+    """Handles stop signals from its construction to the end of the process. Create one per run, on all ranks.
 
-    A thread listens, since Python's own handlers wait until the main thread is back from a collective.
+    Signals that ``record_stop_signals`` has recorded before count as well.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._first_seconds: dict[signal.Signals, float] = {}
         self._announcement = f"qvtune/stop-{next(_numbers)}"
-        self._next_look = 0.0
+        self._next_poll = 0.0
         self._launcher = _deepspeed_launcher()
-        self._wakeup, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # the number reaches the pipe before this is called
-        signal.set_wakeup_fd(write_end)
-        threading.Thread(target=self._listen, name="stop request", daemon=True).start()
-
-    def _listen(self) -> None:
-        while True:
-            for number in os.read(self._wakeup, 64):
-                if number in SIGNALS:
-                    self._received(signal.Signals(number), time.monotonic())
+        listen(self._received)
+        for recorded, seconds in take_recorded().items():
+            self._received(recorded, seconds)
 
     def _received(self, received: signal.Signals, seconds: float) -> None:
-        if seconds - self._first_seconds.setdefault(received, seconds) >= REPEAT_SECONDS:
-            os._exit(128 + received)
+        end_at_second_request(self._first_seconds, received, seconds)
         if self.signal is None:
             self.signal = received
-            # In a thread of its own: it waits for rank 0, which may hang, and the second request must get through.
+            # In another thread: it waits for rank 0, which may hang, and this one must receive a second request.
             threading.Thread(
                 target=process_group.announce, args=(self._announcement, received.name), daemon=True
             ).start()
 
     def poll(self) -> None:
-        """Raises StopRequested on all ranks when one of them has been asked to stop; collective, without the device."""
-        if process_group.any_rank(self._asked()):
+        """Raise StopRequested on all ranks if one of them has a stop request; collective, over host memory."""
+        if process_group.any_rank(self._requested()):
             raise StopRequested(self._reason())
 
     def poll_alone(self) -> None:
         """The same for work of one rank inside ``process_group.raise_on_all_ranks``; cheap, so call it often."""
         now = time.monotonic()
-        if self.signal is None and now < self._next_look:
+        if self.signal is None and now < self._next_poll:
             return
-        self._next_look = now + _LOOK_SECONDS
-        if self._asked() or process_group.announced(self._announcement):
+        self._next_poll = now + _POLL_SECONDS
+        if self._requested() or process_group.announced(self._announcement):
             raise StopRequested(self._reason())
 
-    def _asked(self) -> bool:
+    def _requested(self) -> bool:
         return self.signal is not None or self._launcher != _deepspeed_launcher()
 
     def _reason(self) -> str:
         found = self.signal.name if self.signal else process_group.announced(self._announcement)
-        return f"stopped on request ({found or 'of another rank, or the launcher has ended'})"
+        return f"stopped on request ({found or 'of another rank, or the launcher has exited'})"
 
 
 def _deepspeed_launcher() -> tuple[int, ...]:
-    """Process ids of DeepSpeed's launcher, which has started this rank, and of the ``deepspeed`` that started that.
+    """Process ids of DeepSpeed's launcher, the parent of this rank, and of the ``deepspeed`` command, its parent.
 
-    A SIGTERM ends ``deepspeed`` alone: the ranks would train on without anybody who waits for them. Any other parent
-    may end and leave the run alone, as a shell does.
+    SIGTERM ends the ``deepspeed`` command only: its exit is a stop request, or the ranks would continue unattended. The
+    exit of any other parent, such as a shell, is not.
     """
     parent = os.getppid()
     if "deepspeed.launcher.launch" not in _command(parent):
@@ -93,7 +82,7 @@ def _deepspeed_launcher() -> tuple[int, ...]:
 
 
 def _command(pid: int) -> list[str]:
-    """Words of a process's command line; none where there is no such process, or no /proc."""
+    """Words of a process's command line; empty if there is no such process, or no /proc."""
     path = Path(f"/proc/{pid}/cmdline")
     try:
         return path.read_bytes().decode(errors="replace").split("\0")
