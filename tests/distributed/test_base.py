@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from qvtune.config.schema import RunConfig
+from qvtune.doctor.needs import needs_of
 from qvtune.storage.safetensors import open_weights
 from tests.distributed import reference
 from tests.distributed.conftest import Results
@@ -44,6 +46,16 @@ def test_a_rank_holds_its_share(lab: Lab, launch: tuple[str, Results], job: str)
     for result in results:
         # Each piece is rounded up to a float32 element, once as a whole and once for each rank.
         assert 0 <= result[f"{name}-{job}"]["base_bytes"] - total / len(results) < 8 * num_pieces
+
+
+@pytest.mark.parametrize("job", ["base", "unquantized"])
+def test_the_doctor_knows_the_share(lab: Lab, launch: tuple[str, Results], job: str) -> None:
+    """To the byte, from the layout alone."""
+    name, results = launch
+    section = {"name_or_path": str(lab.folder / "model"), "quantization": "none" if job == "unquantized" else "nf4"}
+    config = RunConfig.model_validate(lab.config("run", model=section))
+    needs, _ = needs_of(config, lab.folder / "model", len(results), torch.float32)
+    assert [result[f"{name}-{job}"]["base_bytes"] for result in results] == [needs.base] * len(results)
 
 
 @pytest.mark.parametrize(("job", "load"), [("base", reference.four_bit_model), ("unquantized", reference.plain_model)])

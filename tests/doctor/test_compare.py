@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qvtune.doctor.compare import blame, compare
-from qvtune.doctor.findings import NOBODY, Finding, Report, Verdict, outliers, to_exclude
+from qvtune.doctor.compare import attribute, compare
+from qvtune.doctor.findings import NOT_COMPARED, RECIPE, SEVERAL, Finding, Report, Verdict, outliers, to_exclude
 from qvtune.doctor.table import verdict
 
 HOSTS = ("a", "b", "c", "d")
@@ -54,10 +54,10 @@ def test_the_one_that_differs_is_named(changes: dict[str, Any], expected: list[t
     assert failed(reports(**changes)) == expected
 
 
-def test_who_has_not_come_is_named() -> None:
+def test_a_missing_node_is_named() -> None:
     made = reports()
     del made[2]
-    assert failed(made) == [("c", "answer")]
+    assert failed(made) == [("c", "report")]
 
 
 def test_of_two_clocks_the_one_that_differs_from_the_files() -> None:
@@ -80,21 +80,35 @@ def found(*failures: tuple[str, str, str]) -> list[Verdict]:
 
 def test_a_master_that_nobody_reaches_is_at_fault() -> None:
     cut = found(*((host, "reach master", "refused") for host in "bcd"))
-    assert [host for host, _ in blame(cut, HOSTS)] == ["a"]
-    assert [host for host, _ in blame(cut[:2], HOSTS)] == ["b", "c"]
-    assert [host for host, _ in blame(cut[:1], HOSTS[:2])] == ["b"], "of two nodes either may be at fault"
+    assert [host for host, _ in attribute(cut, HOSTS)] == ["a"]
+    assert [host for host, _ in attribute(cut[:2], HOSTS)] == ["b", "c"]
+    assert [host for host, _ in attribute(cut[:1], HOSTS[:2])] == ["b"], "of two nodes either may be at fault"
 
 
 def test_a_collective_that_fails_blames_only_who_says_something_else() -> None:
     late = found(*((host, "collective", "timed out") for host in "abd"), ("c", "collective", "no such library"))
-    assert [host for host, _ in blame(late, HOSTS)] == ["c", NOBODY]
+    assert [host for host, _ in attribute(late, HOSTS)] == ["c", SEVERAL]
     all_different = found(*((host, "collective", f"closed by {host}") for host in HOSTS))
-    assert [host for host, _ in blame(all_different, HOSTS)] == [NOBODY]
+    assert [host for host, _ in attribute(all_different, HOSTS)] == [SEVERAL]
 
 
 def test_what_fails_everywhere_excludes_nobody() -> None:
     everywhere = found(*((host, "GPUs", "4 of 8") for host in HOSTS))
     assert to_exclude(everywhere, HOSTS) == []
     assert "--exclude" not in verdict(everywhere, HOSTS)
-    here = found(("c", "disk", "full"), (NOBODY, "collective", "timed out"))
-    assert verdict(everywhere + here, HOSTS) == "NO-GO because of c; to run without: --exclude=c"
+    here = found(("c", "disk", "full"), (SEVERAL, "collective", "timed out"))
+    assert verdict(everywhere + here, HOSTS) == "NO-GO because of c; to run on the other nodes: --exclude=c"
+
+
+def test_a_base_that_is_not_in_a_nodes_cache_yet_differs_from_none() -> None:
+    later = {"facts": {"base": NOT_COMPARED}}
+    same = {host: {"facts": {"base": "b1"}} for host in "abc"}
+    assert failed(reports(**same, d=later)) == []
+    assert failed(reports(**same | {"c": {"facts": {"base": "b2"}}}, d=later)) == [("c", "same base")]
+    assert failed(reports(**dict.fromkeys("abcd", later))) == []
+
+
+def test_a_problem_of_the_recipe_on_one_node_only_excludes_that_node() -> None:
+    everywhere = found(*((host, RECIPE, "data.eval: no such file") for host in HOSTS))
+    assert to_exclude(everywhere, HOSTS) == []
+    assert to_exclude(everywhere + found(("b", RECIPE, "data.train: no such file")), HOSTS) == ["b"]

@@ -1,5 +1,7 @@
-"""What one node finds out alone."""
+"""Checks that a node makes alone."""
 
+import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -7,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from qvtune import versions
 from qvtune.config.schema import RunConfig
-from qvtune.distributed.place import Place, find_place
+from qvtune.distributed.allocation import Allocation, find_allocation
 from qvtune.doctor import devices, software, storage
-from qvtune.doctor.needs import needs_of
+from qvtune.doctor.examine import local_report
+from qvtune.doctor.findings import NOT_COMPARED, Report
+from qvtune.doctor.needs import Needs, needs_of
 from qvtune.errors import UserError
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.loader import load_whole
@@ -34,24 +39,24 @@ STEP = {
 @pytest.fixture(autouse=True)
 def _slurm_expands(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], 0, stdout="n1\nn2\nn3\n")
-    monkeypatch.setattr("qvtune.distributed.place.subprocess.run", lambda *args, **options: done)
+    monkeypatch.setattr("qvtune.distributed.allocation.subprocess.run", lambda *args, **options: done)
 
 
-def place(**changes: Any) -> Place:
-    values: dict[str, Any] = {"node": 0, "hosts": ("a", "b"), "job": "1.0", "port": 1, "gpus_asked": 8}
-    return Place(**{**values, "gpus_granted": 8, "processes": 8, "on_cpus": False, **changes})
+def allocation(**changes: Any) -> Allocation:
+    values: dict[str, Any] = {"node": 0, "hosts": ("a", "b"), "job": "1.0", "port": 1, "gpus_requested": 8}
+    return Allocation(**{**values, "gpus_granted": 8, "processes": 8, "on_cpus": False, **changes})
 
 
-def test_the_place_in_a_step() -> None:
-    assert find_place(3, None, STEP) == Place(1, ("n1", "n2", "n3"), "12345.0", 29465, 8, 8, 8, on_cpus=False)
-    found = find_place(None, None, STEP | {"QVTUNE_PROCS_PER_NODE": "2", "QVTUNE_MASTER_PORT": "7"})
+def test_the_allocation_of_a_step() -> None:
+    assert find_allocation(3, None, STEP) == Allocation(1, ("n1", "n2", "n3"), "12345.0", 29465, 8, 8, 8, on_cpus=False)
+    found = find_allocation(None, None, STEP | {"QVTUNE_PROCS_PER_NODE": "2", "QVTUNE_MASTER_PORT": "7"})
     assert (found.processes, found.on_cpus, found.port, found.world_size, found.host) == (2, True, 7, 6, "n2")
-    assert not find_place(None, None, STEP | {"QVTUNE_PROCS_PER_NODE": "8"}).on_cpus
+    assert not find_allocation(None, None, STEP | {"QVTUNE_PROCS_PER_NODE": "8"}).on_cpus
 
 
 def test_the_place_of_one_machine() -> None:
-    found = find_place(None, None, {})
-    assert (found.node, len(found.hosts), found.processes, found.gpus_asked, found.gpus_granted) == (
+    found = find_allocation(None, None, {})
+    assert (found.node, len(found.hosts), found.processes, found.gpus_requested, found.gpus_granted) == (
         0,
         1,
         1,
@@ -70,7 +75,7 @@ def test_the_place_of_one_machine() -> None:
 )
 def test_one_process_a_node_on_all_nodes(nodes: int | None, environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_place(nodes, None, environment)
+        find_allocation(nodes, None, environment)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_one_process_a_node_on_all_nodes(nodes: int | None, environment: dict[st
     [
         ({}, "0,1,2,3,4,5,6,7", 8, ("ok", "8 seen")),
         ({}, None, 8, ("ok", "8 seen")),
-        ({"gpus_asked": None, "gpus_granted": None, "processes": 1}, None, 0, ("ok", "none asked")),
+        ({"gpus_requested": None, "gpus_granted": None, "processes": 1}, None, 0, ("ok", "none requested")),
         ({"gpus_granted": 4}, "0,1,2,3", 4, ("fail", "granted 4 of the 8")),
         ({}, "0,1", 2, ("fail", "CUDA_VISIBLE_DEVICES=0,1 leaves 2 of 8")),
         ({}, "0,1,2,3,4,5,6,6", 8, ("fail", "twice")),
@@ -91,7 +96,7 @@ def test_one_process_a_node_on_all_nodes(nodes: int | None, environment: dict[st
 )
 def test_gpus(changes: dict[str, Any], visible: str | None, num_cuda: int, expected: tuple[str, str]) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    (finding,) = devices.check_gpus(place(**changes), environment, num_cuda)
+    (finding,) = devices.check_gpus(allocation(**changes), environment, num_cuda)
     assert finding.status == expected[0] and expected[1] in finding.detail, finding
 
 
@@ -119,7 +124,7 @@ def test_a_changed_file_has_another_fact(tmp_path: Path, monkeypatch: pytest.Mon
     file = tmp_path / "rows.jsonl"
     config = run_config(data={"train": str(file), "eval": "demo"})
     facts, findings = software.data_facts(config)
-    assert findings[0].status == "fail" and facts["data.train"].startswith("missing")
+    assert findings == [] and facts["data.train"].startswith("not readable")
     monkeypatch.setattr(software, "_WHOLE_BYTES", 128)
     seen = set()
     for at in (None, 0, 5000, 9999):  # blocks of 2 bytes, 156 apart: only the ends are surely in one
@@ -137,20 +142,128 @@ def test_the_base_is_known_by_its_headers(tmp_path: Path, llama_folder: Path) ->
     assert software.base_fact(open_weights(other)) != fact
 
 
+@pytest.mark.parametrize("deepspeed", ["zero3.json", "zero2.json"])
 @pytest.mark.parametrize(
     ("double_quant", "adapter"), [(True, {"rank": 4}), (False, {"rank": 4}), (True, {"method": "full"})]
 )
-def test_needs_are_those_of_the_loaded_model(llama_folder: Path, double_quant: bool, adapter: dict[str, Any]) -> None:
-    """3 %: padding of blocks."""
-    config = run_config(model={"name_or_path": str(llama_folder), "double_quant": double_quant}, adapter=adapter)
-    needs = needs_of(config, open_weights(llama_folder), 1, torch.float32)
+def test_needs_are_those_of_the_loaded_model(
+    llama_folder: Path, double_quant: bool, adapter: dict[str, Any], deepspeed: str
+) -> None:
+    """On several ranks: tests/distributed/test_base.py."""
+    model_section = {"name_or_path": str(llama_folder), "double_quant": double_quant}
+    config = run_config(model=model_section, adapter=adapter, deepspeed=deepspeed)
+    needs, weights = needs_of(config, llama_folder, 1, torch.float32)
     model = load_whole(llama_folder, config.model, torch.float32, adapter=config.adapter)
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    assert needs.base == pytest.approx(held, rel=0.03)
-    half = needs_of(config, open_weights(llama_folder), 2, torch.float32)
-    assert half.base == pytest.approx(needs.base / 2, abs=1)
+    assert needs.base == sum(parameter.nbytes for parameter in model.parameters())
+    assert weights.keys() == open_weights(llama_folder).keys()
+    half, _ = needs_of(config, llama_folder, 2, torch.float32)
+    assert half.base == (needs.base if deepspeed == "zero2.json" else pytest.approx(needs.base / 2, abs=1000))
     trained = sum(p.numel() for _, p in trainable(add_adapters(model, config.adapter, "base", seed=0)))
-    assert needs.checkpoint == 16 * trained + (1 << 20)
+    assert needs.checkpoint == half.checkpoint == 16 * trained + (1 << 20)
+    values = 0 if config.adapter.method == "full" else 4 * trained
+    assert needs.training == values + 16 * trained, "values, gradients, masters and two moments"
+
+
+@pytest.mark.parametrize(
+    ("zero", "on_gpus", "host", "device"),
+    [
+        ({}, False, 111, 0),
+        ({}, True, 100, 11),
+        ({"training_on_host": True}, True, 101, 10),
+        ({"base_on_host": True}, True, 110, 1),
+        ({"base_on_host": True, "training_on_host": True}, True, 111, 0),
+    ],
+)
+def test_offloaded_parts_are_in_host_memory(zero: dict[str, bool], on_gpus: bool, host: int, device: int) -> None:
+    needs = Needs(base=10, training=1, process=100, checkpoint=0, **zero)
+    assert needs.split(on_gpus) == (host, device)
+
+
+@pytest.mark.parametrize("part", ["base", "training"])
+def test_offload_is_read_from_the_deepspeed_json(llama_folder: Path, tmp_path: Path, part: str) -> None:
+    key = {"base": "offload_param", "training": "offload_optimizer"}[part]
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3, key: {"device": "cpu"}}}))
+    config = run_config(model={"name_or_path": str(llama_folder)}, deepspeed=str(tmp_path / "zero.json"))
+    needs, _ = needs_of(config, llama_folder, 1, torch.float32)
+    assert (needs.base_on_host, needs.training_on_host) == (part == "base", part == "training")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "what", "completion": " it does"}) + "\n")
+    return str(path)
+
+
+def node_report(model: str, rows: str, **changes: Any) -> Report:
+    """Of a node without GPUs."""
+    run = run_config(model={"name_or_path": model}, data={"train": rows, "eval": None}, **changes)
+    return local_report(find_allocation(None, None, {}), run, None)
+
+
+def named(report: Report, check: str) -> list[tuple[str, str]]:
+    return [(finding.status, finding.detail) for finding in report.findings if finding.check == check]
+
+
+def test_a_recipe_that_can_run(llama_folder: Path, rows: str) -> None:
+    report = node_report(str(llama_folder), rows)
+    assert not [finding for finding in report.findings if finding.status != "ok"]
+    assert named(report, "recipe") == [("ok", "can run on 1 ranks")]
+    assert {"base", "data.train", "torch", "code"} <= report.facts.keys()
+
+
+def test_a_base_that_cannot_be_trained_is_a_finding(tmp_path: Path, rows: str) -> None:
+    """Once, with the reason and what to do; and what else is wrong with the recipe is said as well."""
+    GPT2Config(n_layer=1, n_head=2, n_embd=8).save_pretrained(tmp_path / "gpt2")
+    report = node_report(str(tmp_path / "gpt2"), rows, optimizer={"lr_multipliers": {"v": 4.0}}, deepspeed="none.json")
+    problems = named(report, "recipe")
+    assert [status for status, _ in problems] == ["fail", "fail"]
+    assert "none.json" in problems[0][1] and "model_type is 'gpt2'; supported: llama, " in problems[1][1]
+    assert all(finding.remedy for finding in report.findings if finding.status == "fail")
+    assert report.facts["base"] == "not usable"
+
+
+def test_data_that_is_not_there_is_a_finding(llama_folder: Path, tmp_path: Path) -> None:
+    report = node_report(str(llama_folder), str(tmp_path / "missing.jsonl"))
+    ((status, detail),) = named(report, "recipe")
+    assert status == "fail" and "data.train" in detail and "missing.jsonl" in detail
+    assert report.facts["data.train"].startswith("not readable")
+
+
+def test_the_embedded_model_is_examined_where_it_is_in_the_cache(
+    tmp_path: Path, rows: str, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QVTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("qvtune.embedded.model._convert", lambda *arguments: pytest.fail("converts nothing"))
+    report = node_report("demo", rows)
+    ((status, detail),) = named(report, "base")
+    assert status == "note" and "not in the cache yet" in detail and report.facts["base"] == NOT_COMPARED
+    shutil.copytree(llama_folder, tmp_path / "cache" / "smollm2-135m-instruct")
+    report = node_report("demo", rows)
+    assert named(report, "base")[0][0] == "ok"
+    assert report.facts["base"] == software.base_fact(open_weights(llama_folder))["base"]
+
+
+def test_a_model_of_the_hub_is_examined_where_it_is_in_the_cache(
+    tmp_path: Path, rows: str, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("qvtune.model.source._download", lambda *arguments: pytest.fail("downloads nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (finding,) = [one for one in node_report("owner/tiny", rows).findings if one.check == "base"]
+    assert finding.status == "note" and "hf download owner/tiny" in finding.remedy
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (finding,) = [one for one in node_report("owner/tiny", rows).findings if one.check == "base"]
+    assert finding.status == "fail" and "HF_HUB_OFFLINE" in finding.detail
+    commit = 40 * "a"
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(llama_folder, repository / "snapshots" / commit)
+    report = node_report("owner/tiny", rows)
+    assert named(report, "base")[0][0] == "ok" and named(report, "recipe")[0][0] == "ok"
+    digest = software.base_fact(open_weights(llama_folder))["base"]
+    assert report.facts["base"] == f"{digest} commit {commit}", "another commit is another base"
 
 
 def test_a_good_folder(tmp_path: Path) -> None:

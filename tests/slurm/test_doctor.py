@@ -166,7 +166,7 @@ def test_only_the_sick_hosts_are_to_be_excluded(sick: Diagnosis) -> None:
     [
         (CLOSED_PORT, f"reach master: {MASTER} (10.77.0.11) port {PORT}: "),
         (FULL_DISK, "disk: 0.00 GB free"),
-        (SILENT, "answer: no report within"),
+        (SILENT, "report: none within"),
     ],
 )
 def test_the_sicker_host_is_named(sicker: Diagnosis, host: str, found: str) -> None:
@@ -179,5 +179,5 @@ def test_fewer_gpus_than_expected_everywhere(cluster: Cluster, lab: Lab) -> None
     diagnosis = examine(cluster, lab, "--gpus-per-node", str(GPUS_PER_HOST + 1), nodes=2)
     assert diagnosis.code == 1, diagnosis.output
     (row,) = [row for row in diagnosis.rows if row[0] == "FAIL"]
-    assert row[1:4] == ("GPUs", "all", f"Slurm has granted {GPUS_PER_HOST} of the {GPUS_PER_HOST + 1} asked")
+    assert row[1:4] == ("GPUs", "all", f"Slurm has granted {GPUS_PER_HOST} of the {GPUS_PER_HOST + 1} requested")
     assert "--exclude" not in diagnosis.output.split("NO-GO")[1]

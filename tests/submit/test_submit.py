@@ -26,7 +26,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 @pytest.fixture(autouse=True)
 def _a_login_node(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """With settings, and with a cache; whether it has sbatch is up to the test."""
-    (lab.folder / "cluster.env").touch()
+    (lab.folder / "cluster.env").write_text("")
+    monkeypatch.delenv("QVTUNE_PROCS_PER_NODE", raising=False)
     monkeypatch.setenv("QVTUNE_CLUSTER_ENV", str(lab.folder / "cluster.env"))
     monkeypatch.setenv("QVTUNE_CACHE", str(lab.folder / "cache"))
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
@@ -68,7 +69,7 @@ def test_everything_that_is_wrong_is_said_at_once(request_: Request, monkeypatch
     )
     expected = [
         *("--sbatch=n3: not an option", "--sbatch=--export=NONE", "SBATCH_EXPORT", "sbatch is not on PATH"),
-        *("/nowhere/cluster.env is not there", "/nowhere/rows.jsonl", "none.json", "optimizer.lr_multipliers: 'k'"),
+        *("/nowhere/cluster.env does not exist", "/nowhere/rows.jsonl", "none.json", "optimizer.lr_multipliers: 'k'"),
     ]
     assert [part for part in expected if part not in found] == [], found
 
@@ -78,6 +79,65 @@ def test_the_batch_must_fit_the_ranks_of_the_job(request_: Request) -> None:
     submit(request_)
     assert "on 4 ranks" in problems_of(replace(request_, nodes=2))
     submit(replace(request_, nodes=2, procs_per_node=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        ("export QVTUNE_PROCS_PER_NODE=3", True),
+        ("four=4\nexport QVTUNE_PROCS_PER_NODE=$((four / 2))", False),
+        ("# export QVTUNE_PROCS_PER_NODE=2", True),
+        ("echo a module system greets; export QVTUNE_PROCS_PER_NODE=2 OTHER=1; echo done", False),
+    ],
+)
+def test_the_ranks_per_node_are_those_of_cluster_env(lab: Lab, request_: Request, settings: str, fits: bool) -> None:
+    """6 rows on 2 nodes: for 3 ranks per node, not for 2."""
+    (lab.folder / "cluster.env").write_text(settings + "\n")
+    request = replace(request_, nodes=2, gpus_per_node=3)
+    if fits:
+        submit(request)
+    else:
+        assert "on 4 ranks" in problems_of(request)
+
+
+def test_cluster_env_and_command_line_must_agree_on_the_ranks(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(request_, procs_per_node=1)
+    (lab.folder / "cluster.env").write_text("export QVTUNE_PROCS_PER_NODE=2\n")
+    assert "--procs-per-node 1" in problems_of(request) and "sets QVTUNE_PROCS_PER_NODE to 2" in problems_of(request)
+    (lab.folder / "cluster.env").write_text('export QVTUNE_PROCS_PER_NODE="${QVTUNE_PROCS_PER_NODE:-2}"\n')
+    submit(request)
+    monkeypatch.setenv("QVTUNE_PROCS_PER_NODE", "4")
+    assert "on 12 ranks" in problems_of(request_), "sbatch hands on the variables of this shell"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("export QVTUNE_PROCS_PER_NODE=all", "'all' is not a number of ranks per node"),
+        ("export QVTUNE_PROCS_PER_NODE=0", "'0' is not a number of ranks per node"),
+        ("echo no such module >&2; exit 3", "ended bash with exit code 3: no such module"),
+        ("sleep 60", "has not finished"),
+    ],
+)
+def test_a_cluster_env_that_gives_no_number_is_refused(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch, settings: str, message: str
+) -> None:
+    monkeypatch.setattr(module, "_SETTINGS_SECONDS", 1)
+    (lab.folder / "cluster.env").write_text(settings + "\n")
+    assert message in problems_of(request_)
+
+
+def test_the_name_of_cluster_env_is_no_command(
+    lab: Lab, request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = tmp_path / "a'b $(touch broken) \"c; touch broken"
+    settings.write_text("export QVTUNE_PROCS_PER_NODE=2\n")
+    monkeypatch.setenv("QVTUNE_CLUSTER_ENV", str(settings))
+    monkeypatch.chdir(tmp_path)
+    assert "on 4 ranks" in problems_of(replace(request_, nodes=2, gpus_per_node=3))
+    assert [path.name for path in tmp_path.iterdir()] == [settings.name]
 
 
 @pytest.mark.parametrize("change", [{"nodes": 0}, {"gpus_per_node": 0}, {"gpus_per_node": -1}])

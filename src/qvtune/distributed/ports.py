@@ -1,26 +1,26 @@
-"""Ports that ranks and nodes meet on."""
+"""TCP ports on which ranks and nodes connect to the master."""
 
 import socket
 
-# Below the range from which Linux takes the ports of outgoing connections, one of which could come in between.
+# Below the range that Linux uses for outgoing connections, one of which could take the port in the meantime.
 _PORTS = range(20_000, 32_000)
-_APART = 97  # ports between those of two jobs with consecutive numbers, which may start on one host at the same moment
+_APART = 97  # distance of the ports of jobs with consecutive ids, which may start on one host at the same time
 
 
 def any_free_port() -> int:
-    """One of this host on which nothing listens at this moment."""
+    """A port of this host on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def port_of_job(job_id: int) -> int:
-    """One that all nodes of a Slurm job compute alike, far from those of the jobs beside it."""
+    """The port that all nodes of a Slurm job compute from its id, far from those of jobs with similar ids."""
     return _PORTS[_APART * job_id % len(_PORTS)]
 
 
 def free_port_of_job(job_id: int) -> int:
-    """The first from ``port_of_job`` on, in a circle, on which nothing listens on this host."""
+    """The first port, counted from ``port_of_job`` and wrapping around, on which nothing listens on this host."""
     start = _PORTS.index(port_of_job(job_id))
     for offset in range(len(_PORTS)):
         port = _PORTS[(start + offset) % len(_PORTS)]

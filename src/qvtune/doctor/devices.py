@@ -1,4 +1,4 @@
-"""This node's GPUs, memory and attention kernels."""
+"""Checks of this node's GPUs, memory and attention kernels."""
 
 import re
 from collections.abc import Mapping
@@ -7,40 +7,44 @@ from pathlib import Path
 import torch
 
 from qvtune.config.schema import ModelSection
-from qvtune.distributed.place import Place
+from qvtune.distributed.allocation import Allocation
 from qvtune.doctor.findings import Finding
 from qvtune.doctor.needs import Needs
 from qvtune.errors import UserError
 from qvtune.model.attention import choose_attention, choose_dtype
 
-_CGROUPS = {  # controllers in /proc/self/cgroup -> where they are mounted, a group's limit and what it uses
+_CGROUPS = {  # controllers in /proc/self/cgroup -> mount point, file of a group's limit, file of its usage
     "": ("/sys/fs/cgroup", "memory.max", "memory.current"),
     "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
 
 
-def check_gpus(place: Place, environment: Mapping[str, str], num_cuda: int) -> list[Finding]:
-    """GPUs asked for against granted by Slurm, left visible, and seen by torch (``num_cuda``)."""
-    asked, granted = place.gpus_asked or 0, place.gpus_granted
+def check_gpus(allocation: Allocation, environment: Mapping[str, str], num_cuda: int) -> list[Finding]:
+    """Compare the GPUs requested, granted by Slurm, visible, and seen by torch (``num_cuda``)."""
+    requested, granted = allocation.gpus_requested or 0, allocation.gpus_granted
     visible = _visible(environment)
     problems = []
-    if granted is not None and granted < asked:
-        problems.append((f"Slurm has granted {granted} of the {asked} asked", "scontrol show node: Gres and AllocTRES"))
+    if granted is not None and granted < requested:
+        problems.append(
+            (f"Slurm has granted {granted} of the {requested} requested", "scontrol show node: Gres and AllocTRES")
+        )
     if visible is not None and len(set(visible)) != len(visible):
-        problems.append((f"CUDA_VISIBLE_DEVICES={','.join(visible)} names a GPU twice", "do not set it in a profile"))
-    expected = asked if granted is None else max(asked, granted)
-    hidden = place.on_cpus and not visible  # on purpose
-    if visible is not None and not hidden and len(visible) < expected and (granted is None or granted >= asked):
+        problems.append(
+            (f"CUDA_VISIBLE_DEVICES={','.join(visible)} names a GPU twice", "do not set it in a shell profile")
+        )
+    expected = requested if granted is None else max(requested, granted)
+    hidden = allocation.on_cpus and not visible  # intended
+    if visible is not None and not hidden and len(visible) < expected and (granted is None or granted >= requested):
         clash = f"CUDA_VISIBLE_DEVICES={','.join(visible)} leaves {len(visible)} of {expected} visible"
-        problems.append((clash, "a profile or the job script sets it; leave it to Slurm"))
-    if asked > num_cuda and not problems and not place.on_cpus:
-        problems.append((f"torch sees {num_cuda} of the {asked} asked", _why_no_cuda()))
+        problems.append((clash, "remove it from the shell profile or the job script; Slurm sets it"))
+    if requested > num_cuda and not problems and not allocation.on_cpus:
+        problems.append((f"torch sees {num_cuda} of the {requested} requested", _why_no_cuda()))
     if problems:
         return [Finding("GPUs", "fail", detail, remedy) for detail, remedy in problems]
-    if asked > num_cuda:
-        detail = f"{asked} granted; {place.processes} processes on CPUs, as QVTUNE_PROCS_PER_NODE asks"
+    if requested > num_cuda:
+        detail = f"{requested} granted; {allocation.processes} processes on CPUs, as QVTUNE_PROCS_PER_NODE says"
         return [Finding("GPUs", "note", detail, "unset it to train on GPUs")]
-    return [Finding("GPUs", "ok", f"{num_cuda} seen, {asked or 'none'} asked")]
+    return [Finding("GPUs", "ok", f"{num_cuda} seen, {requested or 'none'} requested")]
 
 
 def _visible(environment: Mapping[str, str]) -> list[str] | None:
@@ -55,7 +59,7 @@ def _why_no_cuda() -> str:
 
 
 def check_attention(model: ModelSection) -> tuple[list[Finding], dict[str, str]]:
-    """Which kernels this node would use, which must be the same on all."""
+    """The attention kernels that this node would use; they must be the same on all nodes."""
     dtype, _ = choose_dtype(model.dtype)
     try:
         chosen, reason = choose_attention(model.attention, dtype)
@@ -64,16 +68,16 @@ def check_attention(model: ModelSection) -> tuple[list[Finding], dict[str, str]]
     return [Finding("attention", "ok", f"{chosen} in {dtype} ({reason})")], {"attention": f"{chosen} in {dtype}"}
 
 
-def check_memory(place: Place, needs: Needs | None, on_gpus: bool) -> list[Finding]:
-    """Free memory of host and GPUs against what the ranks of this node take, activations left out."""
+def check_memory(allocation: Allocation, needs: Needs | None, on_gpus: bool) -> list[Finding]:
+    """Compare free memory of host and GPUs with the needs of this node's ranks, activations excluded."""
     free = _free_memory()
     if needs is None:
-        return [Finding("memory", "ok", f"{free / 1e9:.1f} GB free; what the base needs is not known here")]
-    on_host = place.processes * (needs.process + (0 if on_gpus else needs.base))
-    findings = [_compare("memory", free, on_host, f"{place.processes} ranks take")]
+        return [Finding("memory", "ok", f"{free / 1e9:.1f} GB free; needs unknown without a base")]
+    host, device = needs.split(on_gpus)
+    findings = [_compare("memory", free, allocation.processes * host, f"{allocation.processes} ranks need")]
     if on_gpus:
         free_on_device = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-        findings.append(_compare("GPU memory", free_on_device, needs.base, "the base takes"))
+        findings.append(_compare("GPU memory", free_on_device, device, "a rank needs"))
     return findings
 
 
@@ -81,11 +85,13 @@ def _compare(check: str, free: int, needed: int, what: str) -> Finding:
     detail = f"{free / 1e9:.1f} GB free, {what} {needed / 1e9:.1f} GB and activations"
     if free >= needed:
         return Finding(check, "ok", detail)
-    return Finding(check, "fail", detail, "more nodes or ranks share the base; or ask Slurm for more (--mem=0)")
+    return Finding(
+        check, "fail", detail, "use more nodes or ranks, which share the base; or request more memory (--mem=0)"
+    )
 
 
 def _free_memory() -> int:
-    """What may still be taken: of the machine, and of the control groups this process is in."""
+    """Bytes that this process may still allocate: of the machine, and within its control groups."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = [int(lines["MemAvailable"].split()[0]) * 1024]
     for line in Path("/proc/self/cgroup").read_text().splitlines():

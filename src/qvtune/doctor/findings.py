@@ -1,4 +1,4 @@
-"""What the doctor has found: on one host, and between hosts."""
+"""Findings of the doctor: on one host, and between hosts."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ Status = Literal["ok", "note", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ``detail`` is what was found, ``remedy`` what to do about it. Only ``fail`` means no-go."""
+    """The result of one check: what was found, and what to do about it. Only ``fail`` keeps a run from starting."""
 
     check: str
     status: Status
@@ -20,7 +20,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """One node's findings, and what must be equal on all nodes (``facts``) or is compared otherwise (``figures``)."""
+    """One node's findings; ``facts`` must be equal on all nodes, ``figures`` are compared in other ways."""
 
     node: int
     host: str
@@ -29,22 +29,24 @@ class Report:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def with_more(self, *findings: Finding, **figures: Any) -> Self:
-        """The same with further findings and figures."""
+        """A copy with further findings and figures."""
         more = {**self.figures, **figures}
         return type(self)(self.node, self.host, (*self.findings, *findings), self.facts, more)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, from which ``from_json`` makes the report again."""
+        """Plain values; the inverse of ``from_json``."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """The report that another node has handed in."""
+        """The report that another node has sent."""
         return cls(**{**value, "findings": tuple(Finding(**entry) for entry in value["findings"])})
 
 
 Verdict = tuple[str, Finding]  # host, what was found there
-NOBODY = "together"  # in the place of a host: what shows on several and blames none of them
+SEVERAL = "several nodes"  # instead of a host: a failure that is attributed to no single node
+RECIPE = "recipe"  # name of the check that reports what training would refuse
+NOT_COMPARED = "not compared"  # a fact that this node cannot know yet
 
 
 def verdicts(reports: Iterable[Report]) -> list[Verdict]:
@@ -53,7 +55,7 @@ def verdicts(reports: Iterable[Report]) -> list[Verdict]:
 
 
 def outliers(values: Mapping[str, Any]) -> list[str]:
-    """The hosts whose value is not that of the most; all of them when no value has more hosts than any other."""
+    """The hosts whose value is not the most common one; all hosts if two values are equally common."""
     counts = Counter(values.values()).most_common()
     if len(counts) < 2:
         return []
@@ -63,10 +65,14 @@ def outliers(values: Mapping[str, Any]) -> list[str]:
 
 
 def to_exclude(found: Sequence[Verdict], hosts: Sequence[str]) -> list[str]:
-    """Hosts without which the rest would be fit: those with a failed check that has not failed everywhere."""
-    failed: dict[str, set[str]] = {}
+    """Hosts without which the others could run: those with a failed check that has not failed on all hosts.
+
+    Of the recipe each problem counts as a check of its own: one may be everybody's, another that of one host.
+    """
+    failed: dict[tuple[str, str], set[str]] = {}
     for host, finding in found:
         if finding.status == "fail":
-            failed.setdefault(finding.check, set()).add(host)
+            check = (finding.check, finding.detail if finding.check == RECIPE else "")
+            failed.setdefault(check, set()).add(host)
     named = {host for on in failed.values() if len(on) < len(hosts) for host in on}
     return [host for host in hosts if host in named]

@@ -1,82 +1,98 @@
-"""What a run needs of memory and disk, as far as headers and settings tell. Everything in bytes."""
+"""Memory and disk that a run needs, from the skeleton of its model. In bytes, activations excluded."""
 
 import json
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from qvtune.config.deepspeed import find_json
 from qvtune.config.schema import RunConfig
-from qvtune.errors import UserError
-from qvtune.model.families import FAMILIES
-from qvtune.storage.safetensors import TensorFiles, open_weights
+from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.loader import open_base
+from qvtune.model.nf4 import NF4Linear
+from qvtune.model.shard import Shard
+from qvtune.storage.safetensors import TensorFiles
 
-_NF4_BYTES = {True: (4 + 8 / 64 + 32 / 16384) / 8, False: (4 + 32 / 64) / 8}  # a weight, by double_quant
-_PROCESS = 700 << 20  # what a rank takes before it holds anything (measured: imports and gloo)
-_OPTIMIZER_BYTES = 16  # a trained parameter: float32 value, master and two moments
+_PROCESS = 700 << 20  # resident memory of a rank after imports and start of gloo, before it loads anything (measured)
+_FP32_STATE = 12  # per trained element: fp32 master and AdamW's two moments
+_CHECKPOINT_JSON = 1 << 20
 
 
 @dataclass(frozen=True)
 class Needs:
-    """``base``: resident on one rank; ``process``: beside it, without activations; ``checkpoint``: one on disk."""
+    """Of one rank, but for ``checkpoint``.
+
+    Attributes:
+        base: frozen parameters resident after loading: ``base_bytes`` of the event ``base_loaded``.
+        training: trained parameters that are not part of the base, gradients, masters and moments.
+        process: the Python process, and the largest weight while it is used in the compute dtype.
+        checkpoint: one checkpoint on disk.
+        base_on_host, training_on_host: whether DeepSpeed offloads these from a GPU to host memory.
+    """
 
     base: int
+    training: int
     process: int
     checkpoint: int
+    base_on_host: bool = False
+    training_on_host: bool = False
+
+    def split(self, on_gpus: bool) -> tuple[int, int]:
+        """Bytes of host memory and of GPU memory per rank."""
+        if not on_gpus:
+            return self.process + self.base + self.training, 0
+        host = self.base * self.base_on_host + self.training * self.training_on_host
+        return self.process + host, self.base + self.training - host
 
 
-def needs_of(config: RunConfig, weights: TensorFiles, world_size: int, dtype: torch.dtype) -> Needs:
-    """An estimate from the tensors' headers."""
-    family = FAMILIES[json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))["model_type"]]
-    trained = tuple(f".{family.projections[name]}" for name in config.adapter.projections if name in family.projections)
-    full = config.adapter.method == "full"
-    base = parameters = 0
-    for name, shape in _matrices(weights).items():
-        numel, is_matrix = math.prod(shape), len(shape) == 2
-        is_trained = is_matrix and name.removesuffix(".weight").endswith(trained)
-        if is_trained:
-            parameters += numel if full else config.adapter.rank * sum(shape)
-        in_nf4 = config.model.quantization == "nf4" and is_matrix and ".layers." in f".{name}"
-        if in_nf4 and not (is_trained and full):
-            base += int(numel * _NF4_BYTES[config.model.double_quant])
-        else:
-            base += numel * dtype.itemsize
-    share = -(-base // world_size) if _stage(config) == 3 else base
-    largest = max(math.prod(shape) for shape in _matrices(weights).values()) * dtype.itemsize
-    process = _PROCESS + largest + _OPTIMIZER_BYTES * parameters // world_size
-    return Needs(share, process, _OPTIMIZER_BYTES * parameters + (1 << 20))
+def needs_of(config: RunConfig, folder: Path, world_size: int, dtype: torch.dtype) -> tuple[Needs, TensorFiles]:
+    """Needs of a run on ``world_size`` ranks that compute in ``dtype``, and the headers of its base.
 
+    Sizes are exact but for ``process``; ZeRO-3 pads each parameter to a multiple of the ranks.
 
-def open_folder(config: RunConfig) -> TensorFiles | None:
-    """The base's headers where a folder is given; None for `demo` and hub ids, whose files lie in each user's cache.
-
-    Raises UserError when the folder cannot be read.
+    Raises UserError if the base cannot be trained, or does not have the adapted projections.
     """
-    folder = Path(config.model.name_or_path).expanduser()
-    if config.model.name_or_path == "demo" or (not folder.exists() and config.model.name_or_path.count("/") == 1):
-        return None
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.name_or_path: {folder} is not a folder with a config.json here")
-    return open_weights(folder, config.model.allow_pickle)
+    zero = _zero_section(config)
+    base = open_base(folder, config.model, dtype, "sdpa", config.adapter)
+    frozen = list(base.skeleton.parameters())
+    largest = max(_num_weights(base.skeleton)) * dtype.itemsize
+    adapted = add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed)
+    trained = [parameter for _, parameter in trainable(adapted)]
+    added = [parameter for parameter in trained if not any(parameter is one for one in frozen)]
+    every_rank = Shard(0, world_size)
+    parameters = every_rank if zero.get("stage", 3) == 3 else Shard()
+    needs = Needs(
+        base=_numel(frozen, parameters) * dtype.itemsize,
+        training=_numel(added, parameters) * dtype.itemsize
+        + _numel(trained, every_rank) * (dtype.itemsize + _FP32_STATE),
+        process=_PROCESS + largest,
+        checkpoint=_numel(trained, Shard()) * (dtype.itemsize + _FP32_STATE) + _CHECKPOINT_JSON,
+        base_on_host=_is_offloaded(zero, "offload_param"),
+        training_on_host=_is_offloaded(zero, "offload_optimizer"),
+    )
+    return needs, base.weights
 
 
-def _matrices(weights: TensorFiles) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor as the model has it; of one that is stored in 4 bits its own, its statistics left out."""
-    marker = ".weight.quant_state."
-    packed = {
-        name.partition(marker)[0]: tuple(json.loads(bytes(weights.read(name).tolist()))["shape"])
-        for name in weights
-        if marker in name
-    }
-    return {
-        name: packed.get(name.removesuffix(".weight"), tensor.shape)
-        for name, tensor in weights.items()
-        if ".weight." not in name
-    }
+def _numel(parameters: Iterable[nn.Parameter], shard: Shard) -> int:
+    """Elements that a rank stores."""
+    return sum(shard.numel(parameter.numel()) for parameter in parameters)
 
 
-def _stage(config: RunConfig) -> int:
+def _num_weights(skeleton: nn.Module) -> list[int]:
+    """Elements of each weight as it is used: of a matrix in NF4 those of the dequantized one."""
+    matrices = [module.layout.num_weights for module in skeleton.modules() if isinstance(module, NF4Linear)]
+    return matrices + [parameter.numel() for parameter in skeleton.parameters()]
+
+
+def _zero_section(config: RunConfig) -> dict[str, Any]:
     content = json.loads(find_json(config.deepspeed).read_text(encoding="utf-8"))
-    return int(content.get("zero_optimization", {}).get("stage", 3))
+    section: dict[str, Any] = content.get("zero_optimization", {})
+    return section
+
+
+def _is_offloaded(zero: dict[str, Any], key: str) -> bool:
+    return bool(zero.get(key, {}).get("device", "none") != "none")

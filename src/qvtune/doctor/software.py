@@ -1,4 +1,4 @@
-"""Versions, and the identity of what every node must see alike: code, data and base."""
+"""Versions of packages, and digests of what must be the same on all nodes: code, data and base."""
 
 import hashlib
 import importlib.metadata
@@ -15,7 +15,7 @@ from qvtune.doctor.findings import Finding
 from qvtune.storage.safetensors import TensorFiles
 from qvtune.versions import repository
 
-# Combinations that install and start, and fail or go wrong later. Package -> versions; the reason.
+# Combinations that install and start, but fail or compute wrongly later: package -> versions, and the reason.
 KNOWN_BAD: tuple[tuple[Mapping[str, str], str], ...] = (
     (
         {"deepspeed": "<0.19.8", "torch": ">=2.10"},
@@ -26,14 +26,14 @@ KNOWN_BAD: tuple[tuple[Mapping[str, str], str], ...] = (
         {"deepspeed": "<0.19.8", "transformers": ">=5"},
         "activation checkpointing fails on frozen parameters under ZeRO-3 (DeepSpeed #8148)",
     ),
-    ({"bitsandbytes": "<0.50"}, "NF4 does not run on CPUs, and its codes are not the ones that were tested"),
+    ({"bitsandbytes": "<0.50"}, "NF4 does not run on CPUs, and its codes differ from those that were tested"),
 )
-_WHOLE_BYTES = 1 << 28  # up to this size a file is hashed whole; 0.3 s
+_WHOLE_BYTES = 1 << 28  # up to this size a whole file is hashed, which takes 0.3 s
 _SAMPLES = 64
 
 
 def check_versions(installed: Mapping[str, str | None], requires: Iterable[str]) -> list[Finding]:
-    """Versions against what qvtune asks for, and against combinations known to be bad."""
+    """Compare versions with the requirements of qvtune, and with combinations known to be bad."""
     problems = []
     for line in requires:
         needed = Requirement(line)
@@ -44,8 +44,8 @@ def check_versions(installed: Mapping[str, str | None], requires: Iterable[str])
     for combination, reason in KNOWN_BAD:
         found_here = {name: installed.get(name) for name in combination}
         if all(found and SpecifierSet(combination[name]).contains(found) for name, found in found_here.items()):
-            together = " with ".join(f"{name} {found}" for name, found in found_here.items())
-            problems.append(f"{together}: {reason}")
+            shown = " with ".join(f"{name} {found}" for name, found in found_here.items())
+            problems.append(f"{shown}: {reason}")
     remedy = "make env installs the versions of requirements.lock; all nodes must use that environment"
     if problems:
         return [Finding("versions", "fail", problem, remedy) for problem in problems]
@@ -54,7 +54,7 @@ def check_versions(installed: Mapping[str, str | None], requires: Iterable[str])
 
 
 def requirements() -> list[str]:
-    """What the installed qvtune asks for."""
+    """The requirements of the installed qvtune."""
     return importlib.metadata.requires("qvtune") or []
 
 
@@ -80,7 +80,10 @@ def _is_code(path: Path) -> bool:
 
 
 def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
-    """Size and digest of the data files; of files above 256 MiB of 64 blocks spread over them."""
+    """Size and digest of each data file; above 256 MiB the digest covers 64 blocks spread over the file.
+
+    A file that cannot be read gives a fact only: ``preflight.find_problems`` reports it.
+    """
     facts, findings = {}, []
     for setting, name in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if name is None or name == "demo":
@@ -88,9 +91,7 @@ def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
         try:
             size, digest = Path(name).stat().st_size, _digest(_blocks(Path(name)))
         except OSError as error:
-            remedy = f"put it on a file system that all nodes have, or change {setting}"
-            findings.append(Finding("data", "fail", f"{setting}: {name}: {error.strerror}", remedy))
-            facts[setting] = f"missing: {name}"
+            facts[setting] = f"not readable: {name}: {error.strerror}"
         else:
             facts[setting] = f"{size} bytes {digest}"
             findings.append(Finding("data", "ok", f"{setting}: {name}, {size / 1e6:.1f} MB"))
@@ -98,12 +99,16 @@ def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
 
 
 def base_fact(weights: TensorFiles) -> dict[str, str]:
-    """A digest of the folder's configuration and of every tensor's name, place, shape and dtype; sizes of the files."""
+    """A digest of config.json, of every tensor's name, offset, shape and dtype, and of the files' sizes.
+
+    In the hub's cache the folder is named after the commit, which is part of the fact.
+    """
     tensors = (f"{t.name} {t.file.name} {t.offset} {t.num_bytes} {t.shape} {t.dtype}" for t in weights.values())
     files = sorted({tensor.file for tensor in weights.values()})
     sizes = (f"{file.name} {file.stat().st_size}" for file in files)
     config = (weights.folder / "config.json").read_bytes()
-    return {"base": _digest([config, *(line.encode() for line in (*sorted(tensors), *sizes))])}
+    digest = _digest([config, *(line.encode() for line in (*sorted(tensors), *sizes))])
+    return {"base": f"{digest} commit {weights.folder.name}" if weights.folder.parent.name == "snapshots" else digest}
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""The run folder's file system on this node: space, speed, rename, clock, and whether all nodes share it."""
+"""Checks of the run folder's file system: space, speed, rename, clock, and whether all nodes share it."""
 
 import os
 import shutil
@@ -11,22 +11,23 @@ from qvtune.doctor.findings import Finding
 from qvtune.storage.files import fsync
 
 _PROBE_BYTES = 64 << 20
-_SLOW = 20e6  # bytes a second: a checkpoint of 1 GB would stop training for almost a minute
+_SLOW = 20e6  # bytes per second: a checkpoint of 1 GB would block training for almost a minute
 _CLOCK_SECONDS = 5.0
 _HIDDEN = ".doctor-"
 
 
 def probe_folder(run_dir: Path, job: str) -> Path:
-    """Where all nodes of this job put their probes: in the run folder, else in the nearest folder above it."""
+    """The folder for the probe files of all nodes of a job: in the run folder, else in its nearest existing parent."""
     run_dir = run_dir.absolute()
-    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
-    return there / f"{_HIDDEN}{job}"
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
+    return existing / f"{_HIDDEN}{job}"
 
 
 def check_storage(folder: Path, node: int, checkpoint_bytes: int, keep: int) -> tuple[list[Finding], float | None]:
-    """Write, rename, measure and leave a marker in ``folder``; the findings, and the clock's offset to the files'.
+    """Write and rename files in ``folder``, measure, and leave a marker file for the other nodes.
 
-    Needed on disk: ``keep`` checkpoints, one that is being written, and the best.
+    Returns the findings, and the seconds that this node's clock is ahead of the file system's (None if unknown).
+    Space is needed for ``keep`` checkpoints, one that is being written, and the best.
     """
     findings: list[Finding] = []
     try:
@@ -52,8 +53,8 @@ def _check_space(folder: Path, free: int, needed: int) -> Finding:
 
 
 def _check_speed(path: Path, free: int) -> Finding:
-    """Writing with fsync; reading back comes from the page cache and says nothing."""
-    content = os.urandom(max(1, min(_PROBE_BYTES, free // 8)))  # other nodes do the same now
+    """Write with fsync. Reading is not measured: it would come from the page cache."""
+    content = os.urandom(max(1, min(_PROBE_BYTES, free // 8)))  # other nodes write at the same time
     started = time.monotonic()
     path.write_bytes(content)
     fsync(path)
@@ -62,28 +63,33 @@ def _check_speed(path: Path, free: int) -> Finding:
     detail = f"{speed / 1e6:.0f} MB/s written at {path.parent.parent} ({_file_system(path.parent)})"
     if speed >= _SLOW:
         return Finding("file speed", "ok", detail)
-    return Finding("file speed", "note", detail, "checkpoints will stop training for long; a faster run_dir helps")
+    return Finding(
+        "file speed",
+        "note",
+        detail,
+        "each checkpoint will block training for long; use a faster file system for run_dir",
+    )
 
 
 def _check_rename(folder: Path, node: int) -> Finding:
-    """A folder of files appears under its name whole, and a file replaces another: checkpoints depend on both."""
+    """Whether renaming a folder and replacing a link are atomic, as checkpoints require."""
     temporary, target = folder / f"rename-{node}.new", folder / f"rename-{node}"
     temporary.mkdir()
-    (temporary / "file").write_text("whole")
+    (temporary / "file").write_text("complete")
     os.rename(temporary, target)
-    whole = (target / "file").read_text() == "whole" and not temporary.exists()
+    complete = (target / "file").read_text() == "complete" and not temporary.exists()
     (folder / f"link-{node}.new").symlink_to("a")
     os.replace(folder / f"link-{node}.new", folder / f"link-{node}")
     shutil.rmtree(target)
-    if whole and (folder / f"link-{node}").is_symlink():
-        return Finding("rename", "ok", "a folder is renamed at once, a link replaced")
+    if complete and (folder / f"link-{node}").is_symlink():
+        return Finding("rename", "ok", "atomic for folders and links")
     return Finding(
-        "rename", "fail", "a renamed folder was not complete under its new name", "put run_dir on a POSIX one"
+        "rename", "fail", "a renamed folder was not complete under its new name", "use a POSIX file system for run_dir"
     )
 
 
 def _clock_offset(path: Path) -> float:
-    """Seconds that this node's clock is ahead of the one that stamps the files."""
+    """Seconds that this node's clock is ahead of the clock of the file system's time stamps."""
     before = time.time()
     path.write_text("now")
     fsync(path)
@@ -98,7 +104,7 @@ def _check_file_clock(offset: float) -> Finding:
 
 
 def _file_system(path: Path) -> str:
-    """Type of the mount that holds ``path``."""
+    """File system type of the mount that contains ``path``."""
     best = ("", "unknown")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, tail = line.partition(" - ")
@@ -109,15 +115,15 @@ def _file_system(path: Path) -> str:
 
 
 def visible_markers(folder: Path, node: int, expected: Iterable[int], seconds: float) -> list[int]:
-    """The nodes whose markers can be seen here, as soon as all ``expected`` are, at the latest after ``seconds``.
+    """The nodes whose marker files are visible here. Returns when all ``expected`` are, or after ``seconds``.
 
-    An NFS client remembers a folder's entries for up to a minute; changing the folder makes it look again.
+    An NFS client caches the entries of a folder for up to a minute; changing the folder invalidates its cache.
     """
     deadline = time.monotonic() + seconds
     wanted = {f"marker-{other}": other for other in expected}
     while True:
         poke = folder / f"poke-{node}"
-        with suppress(OSError):  # no folder here: then no marker is seen, which is what is reported
+        with suppress(OSError):  # no such folder: then no marker is visible, which is the result
             poke.touch()
             poke.unlink()
         seen = sorted(other for name, other in wanted.items() if (folder / name).exists())
@@ -127,6 +133,6 @@ def visible_markers(folder: Path, node: int, expected: Iterable[int], seconds: f
 
 
 def remove_probes(folder: Path) -> None:
-    """Delete the folder; another node may be doing the same."""
+    """Delete the folder; another node may do so at the same time."""
     with suppress(FileNotFoundError):
         shutil.rmtree(folder)

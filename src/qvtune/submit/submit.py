@@ -1,4 +1,4 @@
-"""A run becomes a Slurm job: checked as training would, frozen, submitted."""
+"""Submits a run as a Slurm job: checks it as training would, copies code and configuration, calls sbatch."""
 
 import os
 import shlex
@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qvtune import versions
 from qvtune.config.deepspeed import find_json
@@ -24,13 +25,24 @@ from qvtune.storage.files import write_json
 from qvtune.submit.batch import run_dir_of_job
 from qvtune.versions import repository
 
+if TYPE_CHECKING:
+    from qvtune.train.preflight import Plan
+
 _CODE = ("launch", "src", "slurm", "ds_configs")
 _NOT_CODE = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+_PROCS_PER_NODE = "QVTUNE_PROCS_PER_NODE"
+_PRINT_PROCS_PER_NODE = f'source "$1" >&2; printf "%s\\n" "${{{_PROCS_PER_NODE}:-}}"'  # $1: the settings file
+_SETTINGS_SECONDS = 60  # module systems on a slow file system
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run on what. ``procs_per_node``: ranks on CPUs instead of one for each GPU; ``sbatch``: its options."""
+    """A run and the nodes for it.
+
+    Attributes:
+        procs_per_node: ranks per node. None: what QVTUNE_PROCS_PER_NODE says, else one per GPU.
+        sbatch: further options of sbatch.
+    """
 
     config: Path
     overrides: Sequence[str]
@@ -44,29 +56,34 @@ class Request:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
         return self.nodes * (self.procs_per_node or self.gpus_per_node)
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether there is one rank per GPU; else all ranks run on CPUs."""
+        return self.gpus_per_node > 0 and self.procs_per_node in (None, self.gpus_per_node)
 
 
 def submit(request: Request) -> None:
-    """Check, freeze and submit a run; with ``dry_run`` show the command and write nothing.
+    """Check and submit a run; with ``dry_run`` show the command and write nothing.
 
-    The job runs a copy of code and configuration in ``run_dir/submitted/TIME``: what is edited afterwards does not
-    reach it. Data and base are not copied.
+    The job runs a copy of code and configuration in ``run_dir/submitted/TIME``, so later edits do not affect it. Data
+    and base are not copied.
 
-    Raises UserError with all that is wrong; the run folder is then as it was.
+    Raises UserError with all problems; the run folder is then unchanged.
     """
-    problems = Problems(_request_problems(request))
+    problems = Problems()
+    request = problems.attempt(lambda: _as_in_the_job(request)) or request
+    problems.found += _request_problems(request)
     run = problems.attempt(lambda: load_config(request.config, request.overrides))
     problems.attempt(lambda: run_dir_of_job(request.config, request.overrides))
     if run is not None:
         from qvtune.train.preflight import preflight  # imports torch and transformers: seconds
 
         world_size = max(1, request.world_size)
-        # one rank for each GPU, or ranks on CPUs alone
-        on_gpus = request.gpus_per_node > 0 and request.procs_per_node in (None, request.gpus_per_node)
-        problems.attempt(lambda: preflight(run, world_size, on_gpus=on_gpus))
-        problems.attempt(lambda: _check_this_machine(run, world_size, on_gpus))
+        plan = problems.attempt(lambda: preflight(run, world_size, on_gpus=request.on_gpus))
+        problems.attempt(lambda: _check_this_machine(run, world_size, plan))
     problems.raise_all()
     assert run is not None
     run_dir = Path(run.run_dir).absolute()
@@ -85,7 +102,7 @@ def submit(request: Request) -> None:
 
 
 def _request_problems(request: Request) -> list[str]:
-    """What is wrong with the command line and this machine, recipe aside."""
+    """Problems of the command line and of this machine, not of the recipe."""
     problems = []
     if request.nodes < 1 or request.gpus_per_node < 0 or request.world_size < 1:
         problems.append("--nodes must be at least 1, and --gpus-per-node too, or else --procs-per-node")
@@ -97,22 +114,58 @@ def _request_problems(request: Request) -> list[str]:
     if "SBATCH_EXPORT" in os.environ:
         problems.append("SBATCH_EXPORT is set: the job needs the variables of this command; unset it")
     if not request.dry_run and shutil.which("sbatch") is None:
-        problems.append("sbatch is not on PATH: submit from a login node of the cluster, or look with --dry-run")
-    settings = Path(os.environ.get("QVTUNE_CLUSTER_ENV") or repository() / "slurm" / "cluster.env")
-    if not request.dry_run and not settings.is_file():
-        problems.append(f"{settings} is not there: cp slurm/cluster.env.example slurm/cluster.env, and edit it")
+        problems.append("sbatch is not on PATH: submit from a login node of the cluster, or use --dry-run")
+    if not request.dry_run and not _settings_file().is_file():
+        problems.append(
+            f"{_settings_file()} does not exist: cp slurm/cluster.env.example slurm/cluster.env, and edit it"
+        )
     return problems
 
 
-def _check_this_machine(run: RunConfig, world_size: int, on_gpus: bool) -> None:
-    """The doctor's checks that a login node can make. Raises UserError with what failed."""
-    from qvtune.doctor.needs import needs_of, open_folder
-    from qvtune.doctor.software import check_versions, requirements
-    from qvtune.model.attention import choose_dtype
+def _settings_file() -> Path:
+    return Path(os.environ.get("QVTUNE_CLUSTER_ENV") or repository() / "slurm" / "cluster.env")
 
-    weights = open_folder(run)
-    dtype, _ = choose_dtype(run.model.dtype, on_gpus)
-    checkpoint = 0 if weights is None else needs_of(run, weights, world_size, dtype).checkpoint
+
+def _as_in_the_job(request: Request) -> Request:
+    """The request with the ranks per node that the job will start: cluster.env may set QVTUNE_PROCS_PER_NODE.
+
+    Bash evaluates the file here as it does in the job, since the value may depend on other lines and on variables of
+    this shell. The file's name is an argument, never part of the command.
+
+    Raises UserError if the file cannot be evaluated, or if it overrides ``--procs-per-node``.
+    """
+    environment, settings = _job_environment(request), _settings_file()
+    value = environment.get(_PROCS_PER_NODE, "")
+    if settings.is_file():
+        command = ["bash", "--noprofile", "--norc", "-c", _PRINT_PROCS_PER_NODE, "bash", str(settings)]
+        options = {"env": environment, "stdin": subprocess.DEVNULL, "text": True, "timeout": _SETTINGS_SECONDS}
+        try:
+            done = subprocess.run(command, capture_output=True, check=False, **options)  # type: ignore[call-overload]
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"{settings}: bash has not finished reading it after {_SETTINGS_SECONDS} s") from error
+        if not done.stdout.endswith("\n"):  # the file has called `exit`
+            raise UserError(f"{settings}: it ended bash with exit code {done.returncode}: {done.stderr.strip()}")
+        value = done.stdout.strip()
+    if value and (not value.isdecimal() or int(value) == 0):
+        raise UserError(f"{_PROCS_PER_NODE} ({settings} or this shell): {value!r} is not a number of ranks per node")
+    found = int(value) if value else None
+    if request.procs_per_node is not None and found != request.procs_per_node:
+        raise UserError(
+            f"--procs-per-node {request.procs_per_node}: {settings} sets {_PROCS_PER_NODE} to {value or 'nothing'}, "
+            "which the job would use; change or remove one of them"
+        )
+    return replace(request, procs_per_node=found)
+
+
+def _check_this_machine(run: RunConfig, world_size: int, plan: "Plan | None") -> None:
+    """The doctor's checks that a login node can make; ``plan`` is None if the run has problems.
+
+    Raises UserError with those that failed.
+    """
+    from qvtune.doctor.needs import needs_of
+    from qvtune.doctor.software import check_versions, requirements
+
+    checkpoint = 0 if plan is None else needs_of(run, plan.folder, world_size, plan.dtype)[0].checkpoint
     probes = storage.probe_folder(Path(run.run_dir), f"submit-{os.getpid()}")
     try:
         on_disk, _ = storage.check_storage(probes, 0, checkpoint, run.checkpoint.keep)
@@ -134,7 +187,7 @@ def _new_name(folder: Path) -> Path:
 
 @contextmanager
 def _all_or_nothing(path: Path) -> Iterator[None]:
-    """When the block fails, ``path`` and the folders that had to be made for it are taken away again."""
+    """If the block fails, remove ``path`` and the parent folders that were made for it."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         yield
@@ -158,7 +211,7 @@ def freeze(run: RunConfig, frozen: Path, request: Request, command: Sequence[str
 
 
 def _command(request: Request, frozen: Path) -> list[str]:
-    """sbatch's arguments, one word each: nothing here passes through a shell."""
+    """The sbatch command, one word per argument; no shell interprets it."""
     options = [f"--nodes={request.nodes}"]
     options += [f"--gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []
     options += [f"--partition={request.partition}"] if request.partition else []
@@ -168,10 +221,8 @@ def _command(request: Request, frozen: Path) -> list[str]:
 
 
 def _sbatch(command: Sequence[str], request: Request, frozen: Path) -> str:
-    """Submit; the job's id. Raises UserError with sbatch's own words."""
-    environment = {**os.environ, "QVTUNE_HOME": str(frozen)}
-    if request.procs_per_node:
-        environment["QVTUNE_PROCS_PER_NODE"] = str(request.procs_per_node)
+    """Submit and return the job id. Raises UserError with the message of sbatch."""
+    environment = {**_job_environment(request), "QVTUNE_HOME": str(frozen)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(done.stderr.strip() or f"sbatch: exit code {done.returncode}")
@@ -179,20 +230,26 @@ def _sbatch(command: Sequence[str], request: Request, frozen: Path) -> str:
     return done.stdout.strip().splitlines()[-1].partition(";")[0]  # ID, or ID;CLUSTER
 
 
+def _job_environment(request: Request) -> dict[str, str]:
+    """The variables with which the job starts, before it sources cluster.env."""
+    procs = {} if request.procs_per_node is None else {_PROCS_PER_NODE: str(request.procs_per_node)}
+    return {**os.environ, **procs}
+
+
 def _what_now(job: str, run_dir: Path) -> list[str]:
-    """What to type next."""
+    """Commands that follow, save, stop and resume the job."""
     again = shlex.join(["python", *sys.argv])
     return [
         f"job {job}",
         f"  follow   tail -F {shlex.quote(_output(job))}    (each rank's output: {shlex.quote(str(run_dir / 'logs'))})",
-        f"  save     scancel --batch --signal=USR1 {job}    (a checkpoint now; the job then starts again from it)",
-        f"  stop     scancel {job}    (saves as well, where that takes less than Slurm's KillWait)",
-        f"  resume   {again}    (once it has ended; it goes on from the newest checkpoint)",
+        f"  save     scancel --batch --signal=USR1 {job}    (a checkpoint now; the job is requeued and resumes)",
+        f"  stop     scancel {job}    (saves as well, if that takes less than Slurm's KillWait)",
+        f"  resume   {again}    (once it has ended; resumes from the newest checkpoint)",
     ]
 
 
 def _output(job: str) -> str:
-    """The job's output file, as Slurm has it."""
+    """The job's output file, according to Slurm."""
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
     paths = [line.partition("=")[2] for line in shown.splitlines() if line.strip().startswith("StdOut=")]
     return paths[0] if paths else f"slurm-{job}.out"

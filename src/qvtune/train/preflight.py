@@ -24,7 +24,7 @@ from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import choose_attention, choose_dtype
 from qvtune.model.loader import open_base
 from qvtune.model.skeleton import largest_layer_numel
-from qvtune.model.source import model_folder
+from qvtune.model.source import cached_model_folder, model_folder
 from qvtune.optim.groups import parameter_groups
 from qvtune.storage.paths import cache_dir
 from qvtune.tasks import get_task
@@ -33,6 +33,7 @@ from qvtune.train.run_folder import find_resume
 
 Value = TypeVar("Value")
 Poll = Callable[[], None]
+FindModel = Callable[[str, Path], Path | None]  # model.name_or_path, cache folder -> the model's folder
 
 _FIRST_ROWS = 1000  # read of each data set where rows are not tokenized
 
@@ -114,9 +115,12 @@ def _tokenize(
 
 
 def find_problems(config: RunConfig, world_size: int, *, on_gpus: bool | None = None) -> list[str]:
-    """What ``preflight`` would refuse, found in seconds: only the first rows are read, and nothing is tokenized."""
+    """What ``preflight`` would refuse, found in seconds: only the first rows are read, and nothing is tokenized.
+
+    A model that is not on this machine yet is neither downloaded nor converted, and not checked.
+    """
     checks = _Checks()
-    _inspect(config, world_size, on_gpus, checks)
+    _inspect(config, world_size, on_gpus, checks, cached_model_folder)
     for setting, source in _sources(config):
         checks.run(partial(_check_rows, setting, source, config, max_rows=_FIRST_ROWS))
     return checks.found
@@ -156,7 +160,9 @@ class _Inspected:
     tokenizer: Any
 
 
-def _inspect(config: RunConfig, world_size: int, on_gpus: bool | None, checks: _Checks) -> _Inspected:
+def _inspect(
+    config: RunConfig, world_size: int, on_gpus: bool | None, checks: _Checks, find_model: FindModel = model_folder
+) -> _Inspected:
     dtype, dtype_reason = choose_dtype(config.model.dtype, on_gpus)
     # Kernels cannot be looked for on another machine; no check depends on which they are.
     chosen = checks.run(lambda: choose_attention(config.model.attention, dtype)) if on_gpus is None else None
@@ -164,7 +170,7 @@ def _inspect(config: RunConfig, world_size: int, on_gpus: bool | None, checks: _
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
     resume = checks.run(lambda: find_resume(config))
-    folder = checks.run_once_per_host(lambda: model_folder(config.model.name_or_path, cache_dir()))
+    folder = checks.run_once_per_host(lambda: find_model(config.model.name_or_path, cache_dir()))
     layer_numel = tokenizer = None
     if folder is not None:
         layer_numel = _check_model(folder, config, dtype, checks)
