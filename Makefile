@@ -2,17 +2,19 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slurm test-others lint lock flash-attn clean
+.PHONY: help env demo test test-fast test-slurm test-others lint lock flash-attn clean
 
 PYTHON ?= python3
 TORCH := 2.13.0
 # `auto`: the CUDA build that the GPU's driver can run. On a login node without a GPU name it: make env TORCH_BACKEND=cu126
-TORCH_BACKEND ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo auto || echo cpu)
-
 VENV := .venv
+# .venv/.ready-BACKEND is made when the environment is complete. Without a choice the installed backend stays.
+INSTALLED := $(firstword $(patsubst $(VENV)/.ready-%,%,$(wildcard $(VENV)/.ready-*)))
+TORCH_BACKEND ?= $(or $(INSTALLED),$(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo auto || echo cpu))
+READY := $(VENV)/.ready-$(TORCH_BACKEND)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-READY := $(VENV)/.ready
 # DeepSpeed looks for `ninja` and the launcher for `python` on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -24,15 +26,18 @@ env: $(READY)  ## create or update .venv from requirements.lock (TORCH_BACKEND=c
 demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it equal
 	$(BIN)/python -m qvtune.demo
 
-# Side by side: those of Slurm mostly wait for it to notice what has happened.
-test: env  ## the whole test suite
+# Side by side: the tests of Slurm often wait for it to notice what has happened.
+test: env  ## all tests
 	$(MAKE) --jobs=2 --keep-going --output-sync=target test-slurm test-others
 
-test-slurm: env  ## those in a Slurm cluster of their own (tests/slurm)
-	$(BIN)/python -m pytest tests/slurm
+test-fast: env  ## the tests that start no ranks, no launcher and no Slurm cluster
+	$(BIN)/python -m pytest -m "not distributed and not launch and not slurm"
 
-test-others: env  ## all the others
-	$(BIN)/python -m pytest --ignore=tests/slurm
+test-slurm: env  ## the tests in a Slurm cluster, which they start (tests/slurm)
+	$(BIN)/python -m pytest -m slurm
+
+test-others: env  ## all other tests
+	$(BIN)/python -m pytest -m "not slurm"
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -42,6 +47,7 @@ lint: env  ## ruff and mypy
 $(READY): requirements.lock setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version 2>&1); try: make env PYTHON=python3.11"; exit 2; }
+	rm -f $(VENV)/.ready*
 	$(PYTHON) -m venv $(VENV)
 	@# --no-deps: the lock is complete, and leaves out what setup.cfg says is not used
 	$(PIP) install --quiet --no-deps -r requirements.lock
@@ -52,7 +58,9 @@ $(READY): requirements.lock setup.cfg pyproject.toml
 
 # PyPI holds one build of torch for Linux, with several GB of CUDA libraries. uv knows where the other builds are; but a
 # CPU build that pip's own configuration offers (a mirror, a folder of wheels) comes first, as it may be all one can reach.
-UV_TORCH = $(BIN)/uv pip install --python $(BIN)/python -c requirements.lock --torch-backend=$(TORCH_BACKEND) torch==$(TORCH)
+# To uv one build of a version is as good as another: only a reinstallation replaces it.
+UV_TORCH = $(BIN)/uv pip install --python $(BIN)/python -c requirements.lock --torch-backend=$(TORCH_BACKEND) \
+	    --reinstall-package torch torch==$(TORCH)
 ifeq ($(TORCH_BACKEND),cpu)
 INSTALL_TORCH = $(PIP) install --quiet -c requirements.lock torch==$(TORCH)+cpu || \
 	    { echo '*** No CPU build of torch where pip looks (above); uv takes it from PyTorch.'; $(UV_TORCH); }

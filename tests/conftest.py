@@ -17,6 +17,18 @@ from qvtune.model.loader import load_whole
 from qvtune.tasks.causal_lm import CausalLMObjective
 from tests.support.tiny import make_model_folder, make_tokenizer
 
+TESTS = Path(__file__).parent
+MARKED_FOLDERS = ("distributed", "launch", "slurm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of some folders with the folder's name, so that ``-m`` can select them."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in MARKED_FOLDERS:
+            item.add_marker(folder)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

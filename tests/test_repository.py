@@ -5,6 +5,7 @@ import configparser
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ USED_BY_OTHERS = {
 
 @cache
 def repository_files() -> tuple[Path, ...]:
-    """Every file that is committed, or would be by `git add .`, relative to the root."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """Every tracked file, relative to the root; the user's own files in the clone are left alone."""
+    command = ["git", "ls-files", "-z"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     files = tuple(Path(name) for name in sorted(names) if name and (ROOT / name).is_file())
     assert len(files) > 20
@@ -73,6 +74,14 @@ def test_every_make_target_is_phony() -> None:
     assert phony is not None and set(phony[1].split()) == make_targets()
 
 
+def dry_run(folder: Path, *arguments: str) -> str:
+    """What `make` would do in a folder."""
+    # MAKEFLAGS and the like would pass the options of a surrounding `make test` on to this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--dry-run", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize(
     ("backend", "expected", "unexpected"),
     [
@@ -84,12 +93,34 @@ def test_every_make_target_is_phony() -> None:
 def test_make_env_installs_the_build_of_torch_that_is_asked_for(
     backend: str, expected: list[str], unexpected: list[str]
 ) -> None:
-    # MAKEFLAGS and the like would pass the options of a surrounding `make test` on to this one.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "--dry-run", "--always-make", "env", f"TORCH_BACKEND={backend}"]
-    plan = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    plan = dry_run(ROOT, "--always-make", "env", f"TORCH_BACKEND={backend}")
     assert [part for part in expected if part not in plan] == []
     assert [part for part in unexpected if part in plan] == []
+
+
+INSTALLATION = "--torch-backend=cu126 --reinstall-package torch"
+
+
+@pytest.mark.parametrize(
+    ("installed", "arguments", "installs"),
+    [
+        ("cpu", [], False),
+        ("cpu", ["TORCH_BACKEND=cpu"], False),
+        ("cpu", ["TORCH_BACKEND=cu126"], True),
+        ("cu126", [], False),  # not the CPU build, though there may be no GPU here
+        ("cu126", ["TORCH_BACKEND=cu126"], False),
+    ],
+)
+def test_make_env_replaces_another_build_of_torch(
+    tmp_path: Path, installed: str, arguments: list[str], installs: bool
+) -> None:
+    for name in ("Makefile", "requirements.lock", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / f".ready-{installed}").touch()
+    plan = dry_run(tmp_path, "env", *arguments)
+    assert (INSTALLATION in plan) is installs, plan
+    assert ("nothing to be done" in plan.lower()) is not installs, plan
 
 
 def test_the_lock_satisfies_setup_cfg() -> None:
