@@ -1,4 +1,4 @@
-"""``make demo``: the whole path on a real model: train on two processes, evaluate, merge, prove, answer, sum up."""
+"""``make demo``: train a real model on two processes, evaluate, merge, prove, compare answers, and show a summary."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ _NUM_SAMPLES, _SAMPLE_TOKENS = 3, 48
 
 
 def main() -> None:
-    """Run the demo; leaves with training's exit code where that fails."""
+    """Run the demo; if training fails, exit with its code."""
     out, started = console(), time.monotonic()
     config = load_config(repository() / _RECIPE)
     num_ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
@@ -44,7 +44,7 @@ def main() -> None:
     out.print(Rule(f"2/3  merge: python launch/convert.py {config.run_dir} --output {config.run_dir}/merged"))
     convert(run_dir, merged)
 
-    out.print(Rule("3/3  answers before and after, to questions that were held out"))
+    out.print(Rule("3/3  answers to held-out questions, before and after training"))
     _show_answers(config, merged)
     out.print(_summary(config, run_dir, merged, num_ranks, time.monotonic() - started))
 
@@ -68,7 +68,7 @@ def _show_answers(config: RunConfig, merged: Path) -> None:
 
 
 def _answer(model: nn.Module, tokenizer: Any, question: dict[str, str]) -> str:
-    """The greedy answer, cut after ``_SAMPLE_TOKENS`` tokens."""
+    """The greedy answer, at most ``_SAMPLE_TOKENS`` tokens."""
     inputs = tokenizer.apply_chat_template(
         [question], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -87,11 +87,11 @@ def _summary(config: RunConfig, run_dir: Path, merged: Path, num_ranks: int, sec
     speed = sum(entry["tokens"] for entry in steps) / sum(entry["seconds"] for entry in steps)
     table = Table(title="qvtune demo", show_header=False)
     for name, value in {
-        "held-out loss": f"{before:.4f} -> {after:.4f} nats a token ({after / before - 1:+.1%})",
+        "held-out loss": f"{before:.4f} -> {after:.4f} nats per token ({after / before - 1:+.1%})",
         "merged = base + adapter": f"top-1 agreement {proof['top1_agreement']:.2%} on {proof['positions']} positions",
         "speed": f"{speed:.0f} tokens/s on {num_ranks} ranks",
-        "peak memory of a rank": f"{end['peak_rss_bytes'] / 1e9:.2f} GB",
-        "base on a rank": f"{loaded['base_bytes'] / 1e6:.0f} MB",
+        "peak memory per rank": f"{end['peak_rss_bytes'] / 1e9:.2f} GB",
+        "base on one rank": f"{loaded['base_bytes'] / 1e6:.0f} MB",
         "adapter": f"{adapter.stat().st_size / 1e6:.1f} MB",
         "run": f"{config.run_dir}/ (metrics.jsonl, checkpoints/latest, tensorboard/, config.yaml)",
         "merged model": f"{config.run_dir}/merged/ (AutoModelForCausalLM.from_pretrained)",

@@ -1,4 +1,4 @@
-"""Which versions run: of the packages that decide a run's result, and of this source."""
+"""Versions of the packages that determine a run's result, and the commit of this source."""
 
 import importlib.metadata
 import subprocess
@@ -16,7 +16,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
-COMMIT_FILE = "COMMIT"  # in a frozen copy of the source, which has no history of its own
+COMMIT_FILE = "COMMIT"  # in the copy of the source that launch/submit.py makes, which is no git repository
 
 
 def repository() -> Path:
@@ -40,7 +40,7 @@ def version(package: str) -> str | None:
 def commit() -> str | None:
     """The source's commit, with ``-dirty`` when files differ from it; None outside a repository."""
     frozen = repository() / COMMIT_FILE
-    if frozen.is_file():  # asking git here could answer for a repository around the run folder
+    if frozen.is_file():  # git could find another repository around the run folder
         return frozen.read_text(encoding="utf-8").strip() or None
     described = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

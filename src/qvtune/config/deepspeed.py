@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: every "auto" filled in, every contradiction to the run reported."""
+"""Resolves the DeepSpeed JSON of a run: fills every "auto", reports everything that contradicts the run."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.versions import repository
 
-# Keys that may stand in a JSON, at the top and in two of its blocks. DeepSpeed ignores keys that it does not know, and
-# most that it does know belong to things this project does itself (schedule, master weights, checkpoints, reports).
-# The keys of zero_optimization are DeepSpeed's own; the loggers check theirs.
+# Keys that a JSON may have, at the top and in two of its blocks. DeepSpeed ignores keys that it does not know, and most
+# that it knows belong to things that this project does itself (schedule, master weights, checkpoints, reports).
+# The keys of zero_optimization are checked by DeepSpeed's own schema, those of the loggers by the loggers.
 ALLOWED_KEYS: dict[str, tuple[str, ...]] = {
     "": (
         "train_batch_size",
@@ -39,13 +39,13 @@ ALLOWED_KEYS: dict[str, tuple[str, ...]] = {
     "data_types": ("grad_accum_dtype",),
 }
 _REFUSED = {
-    "optimizer": "DeepSpeed would build an optimizer of its own, and the learning rate of each parameter group would "
+    "optimizer": "DeepSpeed would build its own optimizer, and the learning rate of each parameter group would "
     "be lost; remove the block, section `optimizer` of the run holds these settings",
     "scheduler": "DeepSpeed's schedulers give all parameter groups one learning rate (DeepSpeed issues #7303, #8171); "
     "remove the block, section `schedule` of the run holds these settings",
     "fp16": "float16 is not supported: remove the block, and set `model.dtype` to bfloat16 or float32",
 }
-# They would read the packed NF4 codes as numbers and round them.
+# Keys that would read the packed NF4 codes as numbers and round them.
 _CODES = "it rounds the frozen parameters, and here these are packed 4-bit codes; remove it"
 _REFUSED_ZERO = {
     "zero_quantized_weights": _CODES,
@@ -63,7 +63,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
     """The dictionary for ``deepspeed.initialize`` of a run on ``world_size`` ranks that computes in ``dtype``.
 
     ``config.deepspeed`` is a path, or the name of a file in ds_configs/. Batch sizes, clipping and precision belong to
-    the run: where the JSON has "auto" or nothing they are filled in, where it has a value it must be the run's.
+    the run: if the JSON has "auto" or nothing, they are filled in; if it has a value, it must be that of the run.
     An "auto" that depends on the model stays, for ``fill_from_model``.
 
     Args:
@@ -92,9 +92,9 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
 
 
 def fill_from_model(resolved: dict[str, Any], layer_numel: int) -> dict[str, Any]:
-    """``resolved`` with its last "auto": two layers of ``layer_numel`` stored elements may be gathered at a time.
+    """Fill the last "auto" of ``resolved``: two layers of ``layer_numel`` stored elements may be gathered at a time.
 
-    DeepSpeed prefetches a bucket before every submodule, so only this bound keeps it from gathering all of a model.
+    DeepSpeed prefetches a bucket before every submodule, so only this bound keeps it from gathering the whole model.
     """
     zero = resolved["zero_optimization"]
     filled = {_MAX_LIVE: 2 * layer_numel} if zero.get(_MAX_LIVE) == "auto" else {}
@@ -102,7 +102,7 @@ def fill_from_model(resolved: dict[str, Any], layer_numel: int) -> dict[str, Any
 
 
 def find_json(name: str) -> Path:
-    """The file that ``name`` means: a path, or a file of the repository's ds_configs/. Raises UserError without one."""
+    """The file called ``name``: a path, or a file in the repository's ds_configs/. UserError if there is none."""
     folder = repository() / "ds_configs"
     for path in (Path(name), folder / name):
         if path.is_file():
@@ -113,7 +113,7 @@ def find_json(name: str) -> Path:
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The object in ``path``, and a problem for each key that stands twice."""
+    """The object in ``path``, and a problem for each duplicate key."""
     problems: list[str] = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _key_problems(resolved: dict[str, Any]) -> list[str]:
-    """Refused and unknown keys; a block that is no object is reported and then taken as empty."""
+    """Problems for refused and unknown keys; a block that is not an object is reported and replaced by an empty one."""
     problems = [f"`{key}` is refused: {reason}" for key, reason in _REFUSED.items() if key in resolved]
     for block in ("bf16", "data_types", "zero_optimization"):
         if not isinstance(resolved.setdefault(block, {}), dict):
@@ -150,7 +150,7 @@ def _key_problems(resolved: dict[str, Any]) -> list[str]:
 
 
 def _values_of_run(config: RunConfig, world_size: int, dtype: str) -> dict[tuple[str, str], tuple[Any, str]]:
-    """(block, key) -> value that the run has for it, and what gives it that value."""
+    """(block, key) -> the value that the run has for it, and the setting that it comes from."""
     train = config.train
     accumulation = max(1, train.global_batch_size // (train.micro_batch_size * world_size))
     return {
@@ -166,7 +166,7 @@ def _values_of_run(config: RunConfig, world_size: int, dtype: str) -> dict[tuple
 
 
 def _fill(resolved: dict[str, Any], values: Mapping[tuple[str, str], tuple[Any, str]]) -> list[str]:
-    """Sets what is "auto" or not there; returns a problem for each value that is not the run's."""
+    """Set each key that is "auto" or missing; return a problem for each value that differs from the run's."""
     problems = []
     for (block, key), (value, origin) in values.items():
         section = resolved[block] if block else resolved
@@ -192,7 +192,7 @@ def _autos(value: Any, name: str = "") -> Iterator[str]:
 
 
 def _zero_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
-    """What DeepSpeed would refuse, ignore or take as something else in zero_optimization."""
+    """Problems of zero_optimization: what DeepSpeed would refuse, ignore or misinterpret."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: importing DeepSpeed takes seconds
 
     zero = resolved["zero_optimization"]
@@ -218,14 +218,14 @@ def _zero_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
 
 
 def _placement_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
-    """Values of zero_optimization that do not go with the number of ranks or with the optimizer."""
+    """Problems of zero_optimization that depend on the number of ranks or on the optimizer."""
     zero = resolved["zero_optimization"]
     problems = []
     node_size = zero.get("zero_hpz_partition_size", 1)
     if isinstance(node_size, int) and node_size > 1 and world_size % min(node_size, world_size):
         problems.append(
             f"`zero_optimization.zero_hpz_partition_size` is {node_size}, which does not divide {world_size} ranks; "
-            "set it to the number of GPUs a node, or use zero3.json"
+            "set it to the number of GPUs per node, or use zero3.json"
         )
     offload = zero.get("offload_optimizer")
     device = offload.get("device", "none") if isinstance(offload, dict) else "none"
@@ -238,7 +238,7 @@ def _placement_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
-    """Whether an optimizer step is a whole number of micro-batches on every rank, and if not, what would be."""
+    """A problem with its remedies unless every rank has a whole number of micro-batches per optimizer step."""
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     rows = micro * world_size
     if batch % rows == 0:

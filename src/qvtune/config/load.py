@@ -11,7 +11,7 @@ from qvtune.config.problems import describe, section_type
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 
-# Where a setting was written, by its path: "recipe.yaml, line 12" or "command line, `train.seed=1`".
+# Path of a setting -> where it was written: "recipe.yaml, line 12" or "command line, `train.seed=1`".
 Places = dict[tuple[str, ...], str]
 
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_type(field.annotation)]
@@ -25,7 +25,7 @@ _MAPPINGS = [
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run described by the YAML file ``path`` and by ``overrides`` of the form ``section.key=value``.
+    """Read the YAML file ``path``, apply ``overrides`` of the form ``section.key=value``, and validate.
 
     A value is read as YAML, so ``train.max_steps=null`` clears a setting; a later override wins. The key ends at the
     first ``=``. One entry of a mapping is set by ``optimizer.lr_multipliers.PATTERN=NUMBER``: there the key ends at the
@@ -39,14 +39,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         problems += _apply(override, tree, places)
     for name in _SECTIONS:
-        if tree.get(name) is None:  # a heading with nothing under it: all defaults
+        if tree.get(name) is None:  # a heading without settings: all defaults
             tree[name] = {}
     problems += _length_problems(tree["train"], places)
     config = None
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        details = [detail for detail in error.errors() if detail["type"] != "one_length"]  # said above, with places
+        details = [detail for detail in error.errors() if detail["type"] != "one_length"]  # reported above, with places
         problems += [f"{_place(detail['loc'], places)}: {describe(detail, RunConfig)}" for detail in details]
     if problems:
         raise UserError(problems)
@@ -72,7 +72,7 @@ def _split(override: str) -> tuple[str | None, str, str, str]:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
-    """The mapping in ``path``, where each key stands, and duplicated keys."""
+    """The mapping in ``path``, the place of each key, and a problem for each duplicate key."""
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, yaml.SafeLoader)
@@ -93,7 +93,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
 
 
 def _record_keys(node: yaml.MappingNode, parents: tuple[str, ...], path: Path, places: Places) -> list[str]:
-    """Notes the line of each key in ``places``; returns a problem for each key that stands twice in its section."""
+    """Record the line of each key in ``places``; return a problem for each duplicate key."""
     problems: list[str] = []
     for key_node, value_node in node.value:
         key = (*parents, str(key_node.value))
@@ -107,7 +107,7 @@ def _record_keys(node: yaml.MappingNode, parents: tuple[str, ...], path: Path, p
 
 
 def _apply(override: str, tree: dict[str, Any], places: Places) -> list[str]:
-    """Sets one ``section.key=value`` in ``tree`` and notes it in ``places``; returns what is wrong with it."""
+    """Apply one ``section.key=value`` to ``tree`` and record it in ``places``; return its problems."""
     place = f"command line, `{override}`"
     mapping, name, equals, text = _split(override)
     key = tuple([*mapping.rstrip(".").split("."), name.removeprefix(mapping)] if mapping else name.split("."))
@@ -133,7 +133,7 @@ def _apply(override: str, tree: dict[str, Any], places: Places) -> list[str]:
 
 
 def _length_problems(train: Any, places: Places) -> list[str]:
-    """Whether exactly one of max_steps and epochs is set, and if not, how to put it right."""
+    """A problem with its remedy unless exactly one of max_steps and epochs is set."""
     if not isinstance(train, dict):
         return []  # reported by the schema
     given = [key for key in ("max_steps", "epochs") if train.get(key) is not None]
@@ -143,14 +143,14 @@ def _length_problems(train: Any, places: Places) -> list[str]:
         train_place = _place(("train",), places)
         return [f"{train_place}: neither `train.max_steps` nor `train.epochs` is set; give one, e.g. `train.epochs=1`"]
     where = {key: _place(("train", key), places) for key in given}
-    # What was typed just now is meant; what the file says is in its way.
+    # The command line is what the user wants now, so suggest clearing the setting in the file.
     clear = next((key for key in given if not where[key].startswith("command line")), given[0])
     settings = " and ".join(f"`train.{key}` = {train[key]!r} ({where[key]})" for key in given)
     return [f"{settings} are both set; only one may be: clear the other, e.g. with `train.{clear}=null`"]
 
 
 def _place(location: Sequence[str | int], places: Mapping[tuple[str, ...], str]) -> str:
-    """Where the setting at ``location``, or else the section around it, was written."""
+    """Where the setting at ``location`` was written, or else the section around it."""
     path = tuple(str(part) for part in location)
     return next(places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in places)
 

@@ -1,4 +1,4 @@
-"""Validation errors of pydantic as sentences for the person who wrote the setting."""
+"""Turns validation errors of pydantic into sentences for the user who wrote the setting."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-# What a value must be, where pydantic's own words are about Python and not about a setting.
+# What a value must be, for errors that pydantic describes in terms of Python.
 _MUST_BE = {
     "string_type": "must be text (put it in quotes if it looks like a number, a date or yes/no)",
     "bool_parsing": "must be true or false",
@@ -30,19 +30,19 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def closest(word: object, allowed: Collection[str]) -> list[str]:
-    """The allowed word most like ``word``, as a list of one; empty if none is like it."""
+    """The allowed word most similar to ``word``, as a list of one; empty if none is similar."""
     return difflib.get_close_matches(str(word), allowed, n=1)
 
 
 def suggestion(candidates: Sequence[str], allowed: Collection[str]) -> str:
-    """``did you mean ...?``, or all that is allowed where nothing is close."""
+    """``did you mean ...?``, or everything that is allowed if there is no candidate."""
     if candidates:
         return f"did you mean {' or '.join(f'`{candidate}`' for candidate in candidates)}?"
     return f"allowed: {', '.join(allowed)}"
 
 
 def describe(error: ErrorDetails, model: type[BaseModel], path: Sequence[str] = ()) -> str:
-    """One sentence on ``error`` of validating ``model``, which stands at ``path``: what was found, what is allowed."""
+    """One sentence for ``error``: what was found, what is allowed. ``path`` leads to ``model``, which was validated."""
     location = error["loc"]
     name = dotted((*path, *location))
     match error["type"]:
@@ -63,7 +63,7 @@ def describe(error: ErrorDetails, model: type[BaseModel], path: Sequence[str] = 
 
 
 def _suggest_key(model: type[BaseModel], location: Sequence[str | int], path: Sequence[str]) -> str:
-    """Keys of the same name elsewhere and the closest one beside it; failing these, of a similar name elsewhere."""
+    """Suggest keys of the same name in other sections and the closest one in this; else similar ones elsewhere."""
     *parents, unknown = (str(part) for part in location)
     settings = list(_settings(model))
     beside = {names[-1]: names for names in settings if list(names[:-1]) == parents}

@@ -1,4 +1,4 @@
-"""Every setting of a run: its type, its one default and its unit. Nothing else in the project holds a default."""
+"""Every setting of a run with its type, unit and default. No other module defines a default of a setting."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -33,13 +33,13 @@ Projection = Literal["q", "k", "v", "o"]
 
 
 class Section(BaseModel):
-    """A frozen group of settings; a key it does not know is an error."""
+    """An immutable group of settings; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
 class ModelSection(Section):
-    """The frozen base model."""
+    """The frozen base model: where it is, how it is stored, which kernels compute with it."""
 
     name_or_path: str = Field(
         default="demo", description="folder of a Hugging Face model, hub id, or `demo` = the embedded SmolLM2-135M"
@@ -68,7 +68,7 @@ _OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of low-rank factors; `ful
 
 
 class AdapterSection(Section):
-    """What is trained."""
+    """Which parameters are trained."""
 
     method: Literal["lora", "rslora", "full"] = Field(
         default="lora",
@@ -122,7 +122,7 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """Learning rate = initial rate of the group * multiplier(step)."""
+    """Learning rate of a group = its initial rate * multiplier(step)."""
 
     name: Literal["constant", "linear", "cosine"] = Field(default="linear", description="multiplier after the warm-up")
     warmup_ratio: Ratio = Field(
@@ -187,7 +187,7 @@ class CheckpointSection(Section):
 
 
 class RunConfig(Section):
-    """A complete run."""
+    """A complete run: its task, its folder and its DeepSpeed configuration; everything else is in sections."""
 
     task: Literal["causal_lm"] = Field(
         default="causal_lm", description="what is trained: causal_lm = next-token prediction"

@@ -65,7 +65,16 @@ def markdown() -> str:
     """The same as tables in Markdown, one for each section."""
     lines = []
     for section, settings in sections().items():
-        lines += [f"### {section}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        model = RunConfig if section == TOP_LEVEL else section_type(RunConfig.model_fields[section].annotation)
+        assert model is not None and model.__doc__
+        lines += [
+            f"### {section}",
+            "",
+            model.__doc__.replace("``", "`"),
+            "",
+            "| setting | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for setting in settings:
             meaning = setting.description.replace("|", "\\|")
             lines.append(f"| `{setting.name}` | {setting.type} | `{setting.default}` | {meaning} |")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what happened in a run, one JSON object a line."""
+"""metrics.jsonl, the record of a run: one JSON object per line."""
 
 import json
 import os
@@ -18,15 +18,15 @@ class MetricsLog:
 
         path, own = run_dir / "metrics.jsonl", (workspace or run_dir) / ".metrics.jsonl"
         content = path.read_bytes() if path.exists() else b""
-        own.write_bytes(content[: content.rfind(b"\n") + 1])  # a crash may have cut the last line off
-        # A file of its own: another process that still holds the earlier one open appends to that one, not here.
+        own.write_bytes(content[: content.rfind(b"\n") + 1])  # a crash may have left the last line incomplete
+        # A new file: a process of an earlier run that still has the old one open cannot append to this one.
         self._file = own.open("a", encoding="utf-8")
         os.replace(own, path)
-        # Steps that a crash cut off are run again: TensorBoard forgets their first values.
+        # After a crash, steps since the last checkpoint are run again: TensorBoard drops their first values.
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, event: str, **fields: Any) -> None:
-        """One line, given to the operating system at once: {"event", "time" (seconds since 1970), ...fields}."""
+        """Append one line and flush it: {"event", "time" (seconds since 1970), ...fields}."""
         self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
         self._file.flush()
         if event in ("step", "eval"):
@@ -41,13 +41,13 @@ class MetricsLog:
                     self._board.add_scalar(tag, scalar, step)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush and close metrics.jsonl and TensorBoard."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:
-    """The events of one kind in order; of a step that was run twice (crash, resume) the last."""
+    """All events of one kind, in order. If a step was run twice (crash, resume), only its last event."""
     events: dict[Any, dict[str, Any]] = {}
     for number, line in enumerate((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         entry = json.loads(line)

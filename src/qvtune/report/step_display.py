@@ -1,4 +1,4 @@
-"""What a person sees during a run: one line per step, and a progress bar below where there is a terminal."""
+"""Console output of a run: one line per step and, on a terminal, a progress bar below."""
 
 from types import TracebackType
 from typing import Self
@@ -9,7 +9,7 @@ from qvtune.console import console
 
 
 class StepDisplay:
-    """Lines and bar of the training steps; says nothing when ``visible`` is false (ranks other than 0)."""
+    """Step lines and progress bar; prints nothing if ``visible`` is false (ranks other than 0)."""
 
     def __init__(self, first_step: int, max_steps: int, visible: bool) -> None:
         self._max_steps = max_steps
@@ -36,12 +36,12 @@ class StepDisplay:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if not self._progress.disable:
             self._progress.console.print(text)
 
     def step(self, step: int, loss: float, tokens_per_second: float, grad_norm: float, lr: dict[str, float]) -> None:
-        """One optimizer step: ``loss`` in nats a label token, the rate of each group, the time left."""
+        """Print one optimizer step: loss (nats per label token), speed, learning rate of each group, remaining time."""
         self._progress.update(self._task, completed=step)
         rates = "  ".join(f"{name} {rate:.2e}" for name, rate in lr.items())
         remaining = self._progress.tasks[self._task].time_remaining
