@@ -15,6 +15,7 @@ from qvtune.distributed import process_group
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.loader import load_whole
 from qvtune.tasks.causal_lm import CausalLMObjective
+from tests.support.forks import stop_server
 from tests.support.tiny import make_model_folder, make_tokenizer
 
 TESTS = Path(__file__).parent
@@ -46,6 +47,13 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.delenv("COLUMNS", raising=False)
         patch.setenv("QVTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_process_survives() -> Iterator[None]:
+    """The fork server is started by the first test that needs it."""
+    yield
+    stop_server()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tests.support.lab import Lab
 
 def test_attention_that_leaks_between_documents_ends_the_run(lab: Lab, two: Results) -> None:
     for result in two:
-        assert "lets documents see each other" in result["leaking"]["message"]
+        assert "lets documents attend to each other" in result["leaking"]["message"]
     assert lab.events("leaking", "step") == []
     assert newest(lab.run_dir("leaking") / "checkpoints") is None
 

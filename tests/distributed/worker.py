@@ -4,6 +4,7 @@ JOBS.json is a list of {"name", "do": one of JOBS, ...its arguments}. They run i
 costs more than all of them; what a job returns is kept under its name in FOLDER/rank-N.json. A job that fails ends it.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ from qvtune.train.prepare import prepare
 from tests.model.one_of_many import resident_bytes_now
 from tests.support.varlen_attention import register_varlen
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 LEAKING = "leaking"  # beside the VARLEN of tests/support/varlen_attention.py
 
 
@@ -99,6 +101,12 @@ class SignalAt:
         time.sleep(1)  # more than it takes to be noticed
 
 
+def give_back_freed_blocks() -> None:
+    """glibc would keep what is freed between other things, several times the base; 64 KiB and more go back at once."""
+    set_option = ctypes.CDLL(None).mallopt
+    assert set_option(_M_MMAP_THRESHOLD, 65536) == set_option(_M_ARENA_MAX, 1) == 1
+
+
 def memory(config: dict[str, Any]) -> dict[str, int]:
     """Bytes of a training: resident before the base is read, at their peak in the steps, and those of the base."""
     noted: dict[str, int] = {}
@@ -114,6 +122,7 @@ def memory(config: dict[str, Any]) -> dict[str, int]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far
         return run
 
+    give_back_freed_blocks()
     load_model = train_prepare._load_model
     with patch.object(train_prepare, "_load_model", load), patch.object(loop, "prepare", prepare_and_forget):
         assert loop.train(RunConfig.model_validate(config)) == loop.EXIT_DONE

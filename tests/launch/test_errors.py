@@ -1,15 +1,13 @@
 """Mistakes of the person who types launch/train.py: exit code 2, one message, nothing left behind."""
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.launch.conftest import TRAIN, train, without_gpu
+from tests.support.forks import fork_command
 from tests.support.lab import Lab
-from tests.support.processes import run_command
 
 # Name -> arguments after the recipe, and what the message must name.
 WRONG: dict[str, tuple[list[str], list[str]]] = {
@@ -47,29 +45,16 @@ def wrong(lab: Lab) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def ends(lab: Lab, wrong: Path) -> Path:
-    """The folder with what each wrong command, as one process, has written; codes.json in it."""
-    folder = lab.folder / "errors"
-    folder.mkdir()
-    recipe = ["--config", str(lab.folder / "recipe.yaml")]
-    cases = {
-        name: [*recipe, *(word.format(wrong=wrong) for word in words), f"run_dir={lab.run_dir(name)}"]
-        for name, (words, _) in WRONG.items()
-    }
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command: list[str | Path] = [sys.executable, "-m", "tests.launch.forks", TRAIN, folder / "cases.json", folder]
-    ended = run_command(command, folder / "output", timeout=240, **lab.environment)
-    assert ended.code == 0, ended.output
-    return folder
-
-
 @pytest.mark.parametrize("name", WRONG)
-def test_a_mistake_gives_one_message_and_exit_code_2(lab: Lab, wrong: Path, ends: Path, name: str) -> None:
-    code, message = json.loads((ends / "codes.json").read_text())[name], (ends / f"{name}.err").read_text()
-    assert code == 2, message
+def test_a_mistake_gives_one_message_and_exit_code_2(lab: Lab, wrong: Path, name: str) -> None:
+    words, parts = WRONG[name]
+    command = [TRAIN, "--config", lab.folder / "recipe.yaml", *(word.format(wrong=wrong) for word in words)]
+    folder = lab.folder / "output" / name
+    ended = fork_command([*command, f"run_dir={lab.run_dir(name)}"], folder, timeout=60, **lab.environment)
+    message = ended.stderr
+    assert ended.code == 2, message
     assert all(line.startswith("error: ") for line in message.splitlines()), message
-    assert all(part.format(wrong=wrong) in message for part in WRONG[name][1]), message
+    assert all(part.format(wrong=wrong) in message for part in parts), message
     assert not lab.run_dir(name).exists()
 
 

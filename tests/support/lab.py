@@ -3,13 +3,13 @@
 import json
 import random
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import Finished, run_ranks
+from tests.support.forks import fork_ranks
+from tests.support.processes import Finished
 from tests.support.tiny import make_model_folder, make_tokenizer
 
 MAX_STEPS = 6
@@ -71,13 +71,13 @@ class Lab:
         """The same run a second time, so that it can go on in two ways."""
         shutil.copytree(self.run_dir(name), self.run_dir(copy), symlinks=True)
 
-    def launch(self, name: str, num_ranks: int, jobs: Sequence[Job], **environment: str) -> list[Finished]:
+    def launch(self, name: str, num_ranks: int, jobs: Sequence[Job]) -> list[Finished]:
         """Run jobs of tests/distributed/worker.py; returns how each rank ended."""
         folder = self.folder / "launches" / name
         folder.mkdir(parents=True)
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        command: list[str | Path] = [sys.executable, "-m", "tests.distributed.worker", folder / "jobs.json", folder]
-        return run_ranks(command, num_ranks, folder, timeout=300, **self.environment, **environment)
+        command: list[str | Path] = ["-m", "tests.distributed.worker", folder / "jobs.json", folder]
+        return fork_ranks(command, num_ranks, folder, timeout=300, **self.environment)
 
     def results(self, name: str, num_ranks: int) -> list[dict[str, Any]]:
         """What the jobs of a launch returned, for each rank: job -> result."""

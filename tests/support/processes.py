@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ def run_command(command: Sequence[str | Path], folder: Path, *, timeout: float, 
 
     Raises TimeoutError after ``timeout`` seconds, when the command and all its children have been killed.
     """
-    return _run([command], [environment], folder, timeout)[0]
+    return run_all([command], [environment], folder, timeout)[0]
 
 
 def run_ranks(
@@ -44,12 +45,32 @@ def run_ranks(
 
     When a rank fails the others are killed, as launchers do; their codes are then -9. Raises as ``run_command``.
     """
+    return run_all([command] * num_ranks, rank_environments(num_ranks, environment), folder, timeout)
+
+
+def rank_environments(num_ranks: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """``environment`` and what launchers add to it, for each rank of one host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
-    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-    return _run([command] * num_ranks, ranks, folder, timeout)
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
+class Process(Protocol):
+    """A process that leads a session of its own: ``subprocess.Popen``, or a fork (tests/support/forks.py)."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> object: ...
+
+
+Start = Callable[[Sequence[str | Path], Mapping[str, str], Path, Path], Process]
 
 
 def killed(action: Callable[[], object]) -> bool:
@@ -73,37 +94,32 @@ def killed(action: Callable[[], object]) -> bool:
 def started(command: Sequence[str | Path], folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command that runs meanwhile, in a session of its own; at the end it and all its children are killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        process = _start(command, environment, stack, folder / "stdout.txt", folder / "stderr.txt")
+    process = _start(command, environment, folder / "stdout.txt", folder / "stderr.txt")
+    try:
         yield process
+    finally:
+        _kill(process)
 
 
-def _start(
-    command: Sequence[str | Path], environment: Mapping[str, str], stack: ExitStack, out: Path, err: Path
-) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=REPOSITORY,
-        env=_environment(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=stack.enter_context(out.open("wb")),
-        stderr=stack.enter_context(err.open("wb")),
-        start_new_session=True,  # so that a launcher's children can be killed with it
-    )
-    stack.callback(_kill, process)
-    return process
-
-
-def _run(
-    commands: Sequence[Sequence[str | Path]], environments: Sequence[Mapping[str, str]], folder: Path, timeout: float
+def run_all(
+    commands: Sequence[Sequence[str | Path]],
+    environments: Sequence[Mapping[str, str]],
+    folder: Path,
+    timeout: float,
+    start: Start | None = None,
 ) -> list[Finished]:
+    """Run commands at the same time until all have ended, or one has failed and the others have been killed.
+
+    ``start`` makes a process of a command, its variables and its two output files; by default a new one. Raises
+    TimeoutError after ``timeout`` seconds, when all have been killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [(folder / f"stdout-{index}.txt", folder / f"stderr-{index}.txt") for index in range(len(commands))]
+    processes: list[Process] = []
     with ExitStack() as stack:
-        processes = [
-            _start(command, environment, stack, out, err)
-            for command, environment, (out, err) in zip(commands, environments, outputs, strict=True)
-        ]
+        for command, environment, (out, err) in zip(commands, environments, outputs, strict=True):
+            processes.append((start or _start)(command, environment, out, err))
+            stack.callback(_kill, processes[-1])
         in_time = _wait(processes, timeout)
         if not in_time:
             _show_where_they_hang(processes)
@@ -116,7 +132,22 @@ def _run(
     return finished
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+def _start(
+    command: Sequence[str | Path], environment: Mapping[str, str], out: Path, err: Path
+) -> subprocess.Popen[bytes]:
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        return subprocess.Popen(
+            [str(word) for word in command],
+            cwd=REPOSITORY,
+            env=own_environment(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,  # so that a launcher's children can be killed with it
+        )
+
+
+def own_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This one's, without what would make a process part of another run; launchers look for ``python`` on PATH."""
     inherited = {
         key: value
@@ -135,7 +166,7 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, **own, **extra}
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> bool:
+def _wait(processes: Sequence[Process], timeout: float) -> bool:
     """Until all have ended, or one has failed and the others would wait for it; returns whether that was in time."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -146,7 +177,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> bool:
     return False
 
 
-def _show_where_they_hang(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _show_where_they_hang(processes: Sequence[Process]) -> None:
     """Python prints the stack of each thread on SIGABRT (PYTHONFAULTHANDLER)."""
     for process in processes:
         if process.poll() is None:
@@ -154,7 +185,7 @@ def _show_where_they_hang(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     _wait(processes, timeout=5)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: Process) -> None:
     """End the process and whatever it has started; it leads a session of its own."""
     with suppress(ProcessLookupError):  # the whole group has ended already
         os.killpg(process.pid, signal.SIGKILL)
