@@ -8,7 +8,7 @@ import pytest
 
 from qvtune.convert import convert as conversion
 from qvtune.convert.formats import merged
-from qvtune.convert.proof.proof import empty_model
+from qvtune.convert.proof.layers import empty_model
 from qvtune.system import peak_rss_bytes
 from tests.benchmarks.merge import make_run
 from tests.model.one_of_many import resident_bytes_now

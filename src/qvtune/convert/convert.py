@@ -94,7 +94,7 @@ def _check_numbers(max_shard_bytes: int, proof_rows: int | None, num_threads: in
 
 def _architecture(conversion: Conversion) -> "LayeredModel":
     """The model without weights. Raises UserError where it could not be proved, before anything is written."""
-    from qvtune.convert.proof.proof import empty_model
+    from qvtune.convert.proof.layers import empty_model
 
     layered = empty_model(conversion.base.folder, conversion.settings, conversion.model.trust_remote_code)
     layered.require_names(conversion.base.tensors.keys() | conversion.adapter.added.keys(), str(conversion.base.folder))

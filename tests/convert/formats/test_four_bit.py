@@ -92,14 +92,14 @@ def test_a_wrong_merge_is_found_through_the_quantization(
     make_run: MakeRun, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     run = make_run(llama_folder)
-    rounded = Merger._rounded
+    rounded = Merger.rounded
     before: dict[str, torch.Tensor] = tensors_of(llama_folder)
 
     def wrong(self: Merger, name: str, values: torch.Tensor) -> torch.Tensor:
         base = before[name].float()
         return rounded(self, name, base + factor * (values.view_as(base) - base))
 
-    monkeypatch.setattr(Merger, "_rounded", wrong)
+    monkeypatch.setattr(Merger, "rounded", wrong)
     with pytest.raises(ProofError, match="updates are left"):
         to_4bit(run, tmp_path / "out")
 

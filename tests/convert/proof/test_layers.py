@@ -1,27 +1,39 @@
 """Models that run layer by layer, against whole ones of transformers and PEFT."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, FalconConfig, FalconForCausalLM
 
 from qvtune.config.schema import ModelSection
 from qvtune.convert.conversion import open_conversion
 from qvtune.convert.merge.base import open_merge_base
 from qvtune.convert.merge.changes import LowRank
 from qvtune.convert.proof import layers
-from qvtune.convert.proof.layers import LayeredModel
-from qvtune.convert.proof.proof import empty_model
+from qvtune.convert.proof.layers import LayeredModel, empty_model, skeleton
 from qvtune.convert.proof.views import ModelView, adapted_base, merged_folder, unmerged
 from qvtune.convert.sources.source import open_source
 from qvtune.errors import UserError
 from tests.convert.conftest import MakeRun
 from tests.support.tiny import DECODERS, VOCABULARY, make_model_folder
 
-TEXTS = [list(range(3, 103)), [7, 8, 9]]
+TEXTS = [
+    list(range(3, 103)),
+    [7, 8, 9],
+    list(range(90)),
+    list(range(200, 299)),
+]  # the second is in no batch with others
+# Layers that return tuples and lists; a head that is stored under another name than the model's.
+OTHERS: dict[str, dict[str, Any]] = {
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 100, "word_embed_proj_dim": 64},
+}
 
 
 def streamed(model: LayeredModel, views: list[ModelView], texts: list[list[int]] = TEXTS) -> list[list[torch.Tensor]]:
@@ -40,12 +52,13 @@ def whole(model: nn.Module, texts: list[list[int]] = TEXTS) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("family", [*DECODERS, "gpt2", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", [*DECODERS, "gpt2", "gemma2", "phi3", *OTHERS])
 def test_logits_are_those_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tie: bool
 ) -> None:
     monkeypatch.setattr(layers, "_HEAD_WEIGHTS", 64 * 100)  # the vocabulary in four parts
     options = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256} if family == "gpt2" else {}
+    options |= OTHERS.get(family, {})
     folder = make_model_folder(tmp_path / "model", family, tie=tie, dtype=torch.float32, **options)
     model = empty_model(folder, {}, trust_remote_code=False)
     view = merged_folder(folder)
@@ -99,17 +112,48 @@ def test_a_classification_head_gives_one_position_a_text(tmp_path: Path) -> None
     classifier.save_pretrained(tmp_path / "classifier")
     model = empty_model(tmp_path / "classifier", {}, trust_remote_code=False)
     found = streamed(model, [merged_folder(tmp_path / "classifier")])[0]
-    assert [logits.shape for logits in found] == [(1, 3), (1, 3)]
+    assert [logits.shape for logits in found] == [(1, 3)] * len(TEXTS)
     for one, logits in zip(found, whole(classifier), strict=True):
         torch.testing.assert_close(one[0], logits, rtol=1e-5, atol=1e-5)
 
 
+def test_falcon_returns_tuples_too(tmp_path: Path) -> None:
+    config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    found = streamed(empty_model(tmp_path, {}, trust_remote_code=False), [merged_folder(tmp_path)])[0]
+    for one, logits in zip(found, whole(AutoModelForCausalLM.from_pretrained(tmp_path)), strict=True):
+        torch.testing.assert_close(one, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_view_may_run_on_some_texts_only(llama_folder: Path) -> None:
+    model, view = empty_model(llama_folder, {}, trust_remote_code=False), merged_folder(llama_folder)
+    everywhere = streamed(model, [view])[0]
+    seen: dict[int, list[torch.Tensor]] = {}
+    for text, _, logits in model.logits([view, view], TEXTS, {1: [1, 3]}):
+        assert len(logits) == (2 if text in (1, 3) else 1)
+        seen[text] = logits
+    assert sorted(seen) == [0, 1, 2, 3]
+    for text, logits in seen.items():
+        for one in logits:
+            torch.testing.assert_close(one, everywhere[text], rtol=1e-4, atol=1e-4)
+
+
 def test_architectures_that_cannot_be_streamed_are_refused_with_the_reason(tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "model", "bloom", n_head=4, n_layer=2)
-    model = empty_model(folder, {}, trust_remote_code=False)
-    with pytest.raises(UserError, match=r"BloomBlock .*: a proof cannot go through models of this architecture"):
-        streamed(model, [merged_folder(folder)])
+    folder = make_model_folder(tmp_path / "model", "bigbird_pegasus")
+    with pytest.raises(UserError, match=r"BigBirdPegasusForCausalLM has 0 lists .*: a proof cannot go through models"):
+        empty_model(folder, {}, trust_remote_code=False)
+    llama = make_model_folder(tmp_path / "llama")
+    architecture = skeleton(llama, {}, trust_remote_code=False)
+    model = LayeredModel(architecture)
+    architecture.model.layers[1].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    with pytest.raises(UserError, match=r"LlamaDecoderLayer is not all that happens between hidden states: a proof"):
+        streamed(model, [merged_folder(llama)])
+    architecture = skeleton(llama, {}, trust_remote_code=False)
+    model = LayeredModel(architecture)
+    architecture.model.layers.append(architecture.model.layers[0])
+    architecture.config.num_hidden_layers = 3
+    with pytest.raises(UserError, match="LlamaForCausalLM calls its layers otherwise than once each: a proof"):
+        streamed(model, [merged_folder(llama)])
     names = open_merge_base(folder, ModelSection(quantization="none"), torch.float32).tensors
-    other = empty_model(make_model_folder(tmp_path / "llama"), {}, trust_remote_code=False)
-    with pytest.raises(UserError, match=r"bloom: tensor 'model.embed_tokens.weight' of the architecture is missing"):
-        other.require_names(names, "bloom")
+    with pytest.raises(UserError, match=r"pegasus: tensor 'model.embed_tokens.weight' of the architecture is missing"):
+        empty_model(llama, {}, trust_remote_code=False).require_names(names, "pegasus")

@@ -20,7 +20,8 @@ from torch import nn
 from qvtune.config.outputs import BaseChoice
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, require_base
-from qvtune.convert.proof.proof import EXACT, Limits, skeleton
+from qvtune.convert.proof.layers import skeleton
+from qvtune.convert.proof.proof import EXACT, Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, adapted_base
 from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS

@@ -81,7 +81,7 @@ class Merger:
         """
         kind = self.kind(name)
         if kind == "added":
-            yield self._rounded(name, self._adapter.added[name].flatten())
+            yield self.rounded(name, self._adapter.added[name].flatten())
         elif kind == "adapted":
             yield from self._adapted(name, self._adapter.changes[name])
         else:
@@ -89,7 +89,7 @@ class Merger:
             chunk = COPIED if kind == "copied" else COMPUTED
             for start in range(0, total, chunk):
                 values = read(start, min(start + chunk, total))
-                yield values if kind == "copied" else self._rounded(name, values)
+                yield values if kind == "copied" else self.rounded(name, values)
 
     def _adapted(self, name: str, change: Change) -> Iterator[torch.Tensor]:
         read, shape = self._base.reader(name, self._checksums), self._base.tensors[name].shape
@@ -100,12 +100,13 @@ class Merger:
             last = min(first + step, num_rows)
             before = read(first * columns, last * columns).float().view(last - first, *shape[1:])
             after = (change.rows(first, last) if change.is_row_wise else change).apply(before)
-            merged = self._rounded(name, after)
+            merged = self.rounded(name, after)
             sums += self._measure(before, after, merged)
             yield merged.flatten()
         self.updates[name] = _update(name, sums.tolist())
 
-    def _rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Computed values of tensor ``name`` in the output's dtype. Raises UserError when one is too large for it."""
         rounded = values.to(self._dtype)
         if not rounded.isfinite().all():
             largest = values.abs().max()

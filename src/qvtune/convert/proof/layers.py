@@ -1,25 +1,30 @@
-"""Running transformers models of one architecture with one layer of one of them in memory at a time.
+"""Runs transformers models of one architecture with one layer of one of them in memory at a time.
 
-The model's own forward does everything but the layers: in their places stand stations that note how they are called.
-The calls are then repeated layer by layer, all texts through one before the next is loaded. Forward is run once more
-with the last stub giving what the last layer gave. Nothing here knows what a layer looks like inside.
+Each layer is replaced by a stub that records its calls while the model's own forward does everything else. The recorded
+calls are then made layer by layer, with all texts, before the next layer is read. At last forward is run again, with
+the stubs returning the output of the last layer. Nothing here depends on what a layer computes.
 
-Shape suffixes: T positions of a text, D hidden size, V vocabulary (or classes).
+Shape suffixes: N texts of a batch, T positions, D hidden size, V vocabulary entries (or classes).
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from qvtune.convert.merge.changes import LowRank
-from qvtune.convert.proof.views import ModelView, unmerged
+from qvtune.convert.proof.views import ModelView, ReadRows, unmerged
 from qvtune.errors import UserError
+from qvtune.model.skeleton import without_weights
 
-_HEAD_WEIGHTS = 2**24  # of the output head, in memory at a time: 64 MiB in fp32
+_HEAD_WEIGHTS = 2**24  # weights of the output head in memory at a time: 64 MiB in fp32
+_BATCH_POSITIONS = 1024  # bounds activations; matrix products with fewer rows are slower for each of them
+_LEAST_FILLED = 0.75  # of a batch: shorter texts go into another one, since padding costs as much as text
+_GPT_NEOX_HEAD = "embed_out.weight"  # what transformers calls lm_head.weight once it is loaded
 _SHOWN = 10
 
 Weights = Mapping[str, torch.Tensor]
@@ -27,22 +32,23 @@ Texts = Sequence[Sequence[int]]
 
 
 @dataclass
-class _Pass:
-    """One text on its way through one model: the hidden states, and what each layer is given beside them."""
+class _Batch:
+    """Texts on their way through one model: hidden states, and the other arguments of each layer's call."""
 
-    embeddings_1TD: torch.Tensor
-    hidden_1TD: torch.Tensor
+    embeddings_NTD: torch.Tensor
+    hidden_NTD: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     finished: bool = False
 
 
 class _LayerStub(nn.Module):
-    """Stands in for a layer; what forward wants to know of the layer, it gets from the layer."""
+    """Replaces a layer: records its calls, or returns the output of the last layer. Its attributes are the layer's."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._layer = [layer]  # in a list: no submodule
-        self.text: _Pass | None = None
+        self._layer = [layer]  # in a list: not a submodule
+        self.batch: _Batch | None = None
+        self.returns_tuple = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -50,23 +56,26 @@ class _LayerStub(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
-    def forward(self, hidden_1TD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Note the call, or give the result of all calls."""
-        assert self.text is not None
-        if self.text.finished:
-            return self.text.hidden_1TD
-        if self.text.arguments and hidden_1TD is not self.text.hidden_1TD:
-            raise UserError(_not_streamable(self._layer[0], "is not all that happens between hidden states"))
-        self.text.hidden_1TD = hidden_1TD
-        self.text.arguments.append((args, kwargs))
-        return hidden_1TD
+    def forward(self, hidden_NTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states, in a tuple where the layer returns one."""
+        assert self.batch is not None
+        if not self.batch.finished:
+            if self.batch.arguments and hidden_NTD is not self.batch.hidden_NTD:
+                raise _OtherHiddenStates
+            self.batch.hidden_NTD = hidden_NTD
+            self.batch.arguments.append((args, kwargs))
+        return (self.batch.hidden_NTD,) if self.returns_tuple else self.batch.hidden_NTD
+
+
+class _OtherHiddenStates(Exception):
+    """A layer is called with something else than what the stub before it has returned."""
 
 
 class LayeredModel:
-    """An architecture without weights; each ``ModelView`` lends it its own.
+    """An architecture without weights, which runs with those of each ``ModelView``.
 
     ``skeleton``: a transformers model with its parameters on the meta device and real buffers. Raises UserError where
-    it has no list of layers.
+    it has not one list of layers.
     """
 
     def __init__(self, skeleton: Any) -> None:
@@ -88,6 +97,14 @@ class LayeredModel:
         ]
         self._names, self._prefix = list(names.values()), f"{skeleton.base_model_prefix}."
         self._head_shape = tuple(getattr(self._head, "weight", torch.empty(0)).shape)
+        # Positions that see earlier ones only are not changed by padding behind them.
+        causal = {
+            module.is_causal
+            for layer in self._layers.values()
+            for module in layer.modules()
+            if hasattr(module, "is_causal")
+        }
+        self._can_pad = bool(self._head_names) and causal == {True}
 
     def require_names(self, stored: Collection[str], what: str) -> None:
         """Raises UserError where a weight of the architecture is not among the tensors ``stored`` of ``what``."""
@@ -96,81 +113,130 @@ class LayeredModel:
             raise UserError([*problems, f"{len(missing)} of {len(self._names)} are missing: no proof can be computed"])
 
     def _find(self, name: str, stored: Collection[str]) -> str | None:
-        """How a weight is called in a checkpoint: bare models are stored without the prefix, a tied head not at all."""
-        names = [name, self._embedding_name] if name in self._head_names.values() else [name]
+        """Name of a weight in a checkpoint, which may have or lack the base model's prefix."""
+        names = [name, _GPT_NEOX_HEAD] if name in self._head_names.values() else [name]
         spelled = [form for one in names for form in (one, one.removeprefix(self._prefix), f"{self._prefix}{one}")]
         return next((form for form in spelled if form in stored), None)
 
     def _stored(self, name: str, view: ModelView) -> str:
         found = self._find(name, view.names)
-        assert found is not None, f"{name}: require_names was not asked"
+        assert found is not None, f"{name}: require_names was not called"
         return found
 
     @torch.no_grad()
-    def logits(self, views: Sequence[ModelView], texts: Texts) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-        """Index of a text, first of some vocabulary entries, and from each view their fp32 logits [T, V].
+    def logits(
+        self, views: Sequence[ModelView], texts: Texts, subsets: Mapping[int, Collection[int]] | None = None
+    ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+        """Index of a text, first of some vocabulary entries, and from each view its fp32 logits [T, V] for them.
 
-        Of neighbouring views with the same ``read`` a layer is read once.
+        ``subsets``: index of a view -> indices of the only texts that it runs on. A layer is read once for all views
+        with the same ``read``.
         """
         outside = [{name: view.rows(self._stored(name, view)) for name in self._outside} for view in views]
-        passes = [self._enter(view, weights, texts) for view, weights in zip(views, outside, strict=True)]
-        for number, (path, layer) in enumerate(self._layers.items()):
-            for _, group in groupby(zip(views, passes, strict=True), key=lambda pair: pair[0].read):
-                read: dict[str, torch.Tensor] = {}
-                for view, of_view in group:
-                    self._run_layer(layer, path, number, view, of_view, read)
+        plan = self._plan(len(views), texts, subsets or {})
+        batches: list[list[_Batch | None]] = []  # of each view, as planned
+        for index, (view, weights) in enumerate(zip(views, outside, strict=True)):
+            self._set_weights(weights, self._rows_of_head(view, 0, 1))  # these logits are not used: as few as possible
+            batches.append([self._enter(view, texts, batch) if index in on else None for on, batch in plan])
+        for number in range(len(self._stubs)):
+            self._run_layer(number, views, batches)
         for first, heads in self._read_heads(views):
-            for index in range(len(texts)):
-                text = [of_view[index] for of_view in passes]
-                yield index, first, [self._leave(*given) for given in zip(outside, heads, text, strict=True)]
+            for at, (on, batch) in enumerate(plan):
+                logits = [self._leave(outside[index], heads[index], batches[index][at]) for index in on]
+                for row, text in enumerate(batch):
+                    yield text, first, [_of_text(one[row], len(texts[text])) for one in logits]
 
-    def _enter(self, view: ModelView, weights: Weights, texts: Texts) -> list[_Pass]:
-        """All that forward does before the layers."""
-        self._set_weight(
-            weights, self._rows_of_head(view, 0, 1)
-        )  # as little as possible of the head: nobody looks at logits
-        passes = [_Pass(embeddings, embeddings) for embeddings in self._embed(view, texts)]
-        for text in passes:
-            self._forward(text)
-            text.finished = True
-            if len(text.arguments) != len(self._stubs):
+    def _plan(
+        self, num_views: int, texts: Texts, subsets: Mapping[int, Collection[int]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Indices of views and of the texts that they run on together: one, or several of nearly the same length."""
+        plan: list[tuple[list[int], list[int]]] = []
+        views_of = [
+            [view for view in range(num_views) if text in subsets.get(view, [text])] for text in range(len(texts))
+        ]
+        for text in sorted(range(len(texts)), key=lambda text: (views_of[text], -len(texts[text]))):
+            on, batch = plan[-1] if plan else ([], [])
+            longest = len(texts[batch[0]]) if batch else 0
+            fits = longest * (len(batch) + 1) <= _BATCH_POSITIONS and len(texts[text]) >= _LEAST_FILLED * longest
+            if self._can_pad and on == views_of[text] and fits:
+                batch.append(text)
+            else:
+                plan.append((views_of[text], [text]))
+        return plan
+
+    def _enter(self, view: ModelView, texts: Texts, indices: Sequence[int]) -> _Batch:
+        """Everything that forward does before the layers."""
+        embeddings = self._embed(view, [texts[index] for index in indices])
+        for returns_tuple in (False, True):
+            batch = _Batch(embeddings, embeddings)
+            for stub in self._stubs:
+                stub.returns_tuple |= returns_tuple
+            try:
+                self._forward(batch)
+            except _OtherHiddenStates:
+                continue
+            batch.finished = True
+            if len(batch.arguments) != len(self._stubs):
                 raise UserError(_not_streamable(self._model, "calls its layers otherwise than once each"))
-        return passes
+            return batch
+        layer = next(iter(self._layers.values()))
+        raise UserError(_not_streamable(layer, "is not all that happens between hidden states"))
 
-    def _embed(self, view: ModelView, texts: Texts) -> list[torch.Tensor]:
-        """[1, T, D] of each text from the model's own embedding, of which only the rows in use are read."""
+    def _embed(self, view: ModelView, texts: Texts) -> torch.Tensor:
+        """[N, T, D] from the model's own embedding, of which only the rows in use are read; padded at the end."""
         ids = torch.tensor(sorted({token for text in texts for token in text}))
         stored = self._stored(self._embedding_name, view)
         rows = [view.rows(stored, token, token + 1) for token in ids.tolist()]
         _set_weight(self._embedding, "weight", torch.cat(rows))
-        return [self._embedding(torch.searchsorted(ids, torch.tensor([text]))) for text in texts]
+        longest = max(map(len, texts))
+        padded = torch.tensor([[*text, *[text[-1]] * (longest - len(text))] for text in texts])
+        embeddings: torch.Tensor = self._embedding(torch.searchsorted(ids, padded))
+        return embeddings
 
-    def _run_layer(
-        self, layer: nn.Module, path: str, number: int, view: ModelView, passes: Sequence[_Pass], read: dict[str, Any]
-    ) -> None:
-        """Take all texts of a view through one layer; ``read`` keeps what the base has there for the next view."""
+    def _run_layer(self, number: int, views: Sequence[ModelView], batches: Sequence[Sequence[_Batch | None]]) -> None:
+        """Take all batches of all views through one layer; of views with the same ``read``, one after the other."""
+        by_read: dict[ReadRows, list[int]] = {}
+        for index, view in enumerate(views):
+            by_read.setdefault(view.read, []).append(index)
+        path, layer = list(self._layers.items())[number]
+        for indices in by_read.values():
+            read: dict[str, torch.Tensor] = {}
+            for index in indices:
+                with self._weights_of(views[index], path, layer, read):
+                    for batch in filter(None, batches[index]):
+                        self._step(layer, number, batch)
+
+    def _step(self, layer: nn.Module, number: int, batch: _Batch) -> None:
+        args, kwargs = batch.arguments[number]
+        batch.arguments[number] = ((), {})  # not needed any more
+        output = layer(batch.hidden_NTD, *args, **kwargs)
+        self._stubs[number].returns_tuple = isinstance(output, tuple | list)
+        batch.hidden_NTD = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(batch.hidden_NTD, torch.Tensor):
+            raise UserError(_not_streamable(layer, "gives something else than hidden states"))
+
+    @contextmanager
+    def _weights_of(
+        self, view: ModelView, path: str, layer: nn.Module, read: dict[str, torch.Tensor]
+    ) -> Iterator[None]:
+        """The layer with the view's weights; ``read`` keeps the stored values for the next view."""
         empty, hooks = dict(layer.named_parameters()), []
         for name in empty:
             owner, kind = _owner(layer, name)
             stored = self._stored(f"{path}.{name}", view)
             if stored not in read:
-                read[stored] = view.read(stored, 0, None).float()
-            change, weight = view.changes.get(stored), read[stored]
-            if isinstance(change, LowRank):
+                read[stored] = view.read(stored, 0, None)
+            change = view.changes.get(stored)
+            if isinstance(change, LowRank) and view.merger is None:
                 hooks.append(owner.register_forward_hook(unmerged(change)))
-            elif change is not None:
-                weight = change.apply(weight)
-            _set_weight(owner, kind, weight)
-        for text in passes:
-            args, kwargs = text.arguments[number]
-            text.hidden_1TD = layer(text.hidden_1TD, *args, **kwargs)
-            if not isinstance(text.hidden_1TD, torch.Tensor):
-                raise UserError(_not_streamable(layer, "gives more than hidden states"))
+                change = None
+            _set_weight(owner, kind, view.weight(stored, read[stored], change))
+        yield
         for hook in hooks:
             hook.remove()
         for name, parameter in empty.items():
             owner, kind = _owner(layer, name)
-            _set_weight(owner, kind, parameter)
+            owner._parameters[kind] = parameter
 
     def _read_heads(self, views: Sequence[ModelView]) -> Iterator[tuple[int, list[Weights]]]:
         """First entry of a part of the vocabulary, and each view's head for it."""
@@ -186,22 +252,28 @@ class LayeredModel:
     def _rows_of_head(self, view: ModelView, first: int, last: int) -> Weights:
         return {kind: view.rows(self._stored(name, view), first, last) for kind, name in self._head_names.items()}
 
-    def _leave(self, outside: Weights, head: Weights, text: _Pass) -> torch.Tensor:
-        """All that forward does behind the layers."""
-        self._set_weight(outside, head)
-        logits: torch.Tensor = self._forward(text).logits[0]
-        return logits.reshape(-1, logits.shape[-1])
+    def _leave(self, outside: Weights, head: Weights, batch: _Batch | None) -> torch.Tensor:
+        """Everything that forward does after the layers: logits [N, ...]."""
+        assert batch is not None, "planned"
+        self._set_weights(outside, head)
+        logits: torch.Tensor = self._forward(batch).logits
+        return logits
 
-    def _forward(self, text: _Pass) -> Any:
+    def _forward(self, batch: _Batch) -> Any:
         for stub in self._stubs:
-            stub.text = text
-        return self._model(inputs_embeds=text.embeddings_1TD, use_cache=False)
+            stub.batch = batch
+        return self._model(inputs_embeds=batch.embeddings_NTD, use_cache=False)
 
-    def _set_weight(self, outside: Weights, head: Weights) -> None:
+    def _set_weights(self, outside: Weights, head: Weights) -> None:
         for name, weight in outside.items():
             _set_weight(*_owner(self._model, name), weight)
         for kind, weight in head.items():
             _set_weight(self._head, kind, weight)
+
+
+def _of_text(logits: torch.Tensor, length: int) -> torch.Tensor:
+    """[T, V] without padding; of a classifier [1, V]."""
+    return logits.reshape(-1, logits.shape[-1])[:length]
 
 
 def _find_layers(skeleton: Any) -> tuple[str, nn.ModuleList]:
@@ -229,3 +301,32 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _set_weight(module: nn.Module, kind: str, weight: torch.Tensor) -> None:
     module._parameters[kind] = nn.Parameter(weight, requires_grad=False)
+
+
+def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) -> LayeredModel:
+    """The architecture of a folder's config.json with ``changes``, without weights.
+
+    Raises UserError where a proof cannot be computed for it.
+    """
+    return LayeredModel(skeleton(folder, changes, trust_remote_code))
+
+
+def skeleton(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """The transformers model of a folder's config.json with ``changes``, its parameters on the meta device.
+
+    Raises UserError for a config.json that transformers does not know.
+    """
+    import transformers
+
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    config.update(changes)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    name = (config.architectures or ["ForCausalLM"])[0]
+    kinds = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+    kind = next((kind for kind in kinds if name.endswith(kind)), "ForCausalLM")
+    auto_class = getattr(transformers, f"AutoModel{kind}")
+    return without_weights(auto_class, config, torch.float32, trust_remote_code=trust_remote_code)

@@ -6,10 +6,8 @@ arithmetic even a model and its float32 twin agree on 97 % of the first choices 
 wrong merge. One layer of one view is in memory at a time, so a proof runs wherever a merge does.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -17,8 +15,6 @@ from qvtune.convert.proof.compare import Difference, LogitSums, summary
 from qvtune.convert.proof.layers import LayeredModel
 from qvtune.convert.proof.texts import Text
 from qvtune.convert.proof.views import ModelViews
-from qvtune.errors import UserError
-from qvtune.model.skeleton import without_weights
 
 
 @dataclass(frozen=True)
@@ -75,59 +71,32 @@ class Result:
 
 
 def prove(model: LayeredModel, views: ModelViews, texts: Sequence[Text], limits: Limits) -> Result:
-    """Run all views on all texts and compare them."""
-    present = {field.name: view for field in fields(views) if (view := getattr(views, field.name)) is not None}
-    if views.reference is views.adapted:
-        del present["reference"]
-    at = {name: index for index, name in enumerate(present)}
+    """Run the models on the texts and compare their logits; ``views.before`` only where a text has labels."""
+    present = {"adapted": views.adapted, "merged": views.merged}
+    if views.reference is not views.adapted:
+        present["reference"] = views.reference
+    if views.other is not None:
+        present["other"] = views.other
+    at = {name: index for index, name in enumerate([*present, "before"])}
     pairs = {"proof": (at.get("reference", at["adapted"]), at["merged"])}
-    if "other" in at:
+    if views.other is not None:
         pairs |= {"chosen": (at["adapted"], at["merged"]), "other": (at["adapted"], at["other"])}
-    sums = [LogitSums(len(at), torch.tensor(text.targets), list(pairs.values())) for text in texts]
-    for index, first, logits in model.logits(list(present.values()), [text.ids for text in texts]):
+    labelled = [index for index, text in enumerate(texts) if text.has_labels]
+    sums = [
+        LogitSums(len(present) + text.has_labels, torch.tensor(text.targets), list(pairs.values())) for text in texts
+    ]
+    run = [*present.values(), views.before] if labelled else list(present.values())
+    for index, first, logits in model.logits(run, [text.ids for text in texts], {at["before"]: labelled}):
         sums[index].add(first, logits)
     found = summary(sums, {name: index for index, name in enumerate(pairs)})
     proof = Proof(**asdict(found.pop("proof")), limits=limits)
-    return Result(proof, found, _losses(torch.cat([one.losses() for one in sums], dim=1), list(at)))
+    return Result(proof, found, _losses([sums[index].losses() for index in labelled], list(at)))
 
 
-def _losses(losses: torch.Tensor, order: Sequence[str]) -> Losses | None:
-    if not losses.shape[1]:
+def _losses(found: Sequence[torch.Tensor], order: Sequence[str]) -> Losses | None:
+    """Means over the label positions of all texts; each of ``found`` is [models, label positions]."""
+    if not found:
         return None
+    losses = torch.cat(list(found), dim=1)
     mean = dict(zip(order, losses.mean(dim=1).tolist(), strict=True))
     return Losses(losses.shape[1], mean["before"], mean["adapted"], mean["merged"])
-
-
-def empty_model(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) -> LayeredModel:
-    """The architecture of a folder's config.json with ``changes``, without weights.
-
-    Raises UserError where a proof cannot be computed for it.
-    """
-    return LayeredModel(skeleton(folder, changes, trust_remote_code))
-
-
-def skeleton(folder: Path, changes: Mapping[str, Any], trust_remote_code: bool) -> Any:
-    """The transformers model of a folder's config.json with ``changes``, its parameters on the meta device.
-
-    Raises UserError for a config.json that transformers does not know.
-    """
-    import transformers
-
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from error
-    config.update(changes)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    name = (config.architectures or ["ForCausalLM"])[0]
-    kind = next(
-        (
-            kind
-            for kind in ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
-            if name.endswith(kind)
-        ),
-        "ForCausalLM",
-    )
-    auto_class = getattr(transformers, f"AutoModel{kind}")
-    return without_weights(auto_class, config, torch.float32, trust_remote_code=trust_remote_code)

@@ -31,6 +31,11 @@ class Text:
     ids: list[int]
     targets: list[int]
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any position has a loss."""
+        return any(target != IGNORE_INDEX for target in self.targets)
+
 
 def fixed_prompts(tokenizer: Any) -> list[Text]:
     """``PROMPTS``, as a user's turn where the tokenizer has a chat template; no losses."""

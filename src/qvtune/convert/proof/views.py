@@ -1,7 +1,7 @@
-"""The models that a proof compares: where the weights of each come from, and the adapter evaluated beside them."""
+"""The models that a proof compares: where the weights of each come from, and how an adapter is evaluated unmerged."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,31 +16,48 @@ from qvtune.storage.safetensors import open_weights
 if TYPE_CHECKING:
     from qvtune.convert.conversion import Conversion
 
-# Name of a stored tensor, first and last row (None: to its end) -> these rows.
+# Name of a tensor, first and last row (None: to its end) -> these rows, as stored or as dequantized.
 ReadRows = Callable[[str, int, int | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model: the tensors ``names`` that ``read`` gives, and ``changes`` that an adapter makes of some of them."""
+    """A model whose weights are computed when they are needed, from stored values and the changes of an adapter.
+
+    ``base_dtype``: the dtype that stored values are rounded to before a change (None: not rounded). ``merger`` rounds
+    the merged values; without one, low-rank changes are evaluated beside the weights (``unmerged``), as in training.
+    Views with the same ``read`` have the same stored values.
+    """
 
     names: Collection[str]
     read: ReadRows
     changes: Mapping[str, Change] = field(default_factory=dict)
+    base_dtype: torch.dtype | None = None
+    merger: Merger | None = None
+
+    def weight(self, name: str, stored: torch.Tensor, change: Change | None) -> torch.Tensor:
+        """``stored`` values of tensor ``name`` in fp32, with ``change`` applied."""
+        weight = (stored if self.base_dtype is None else stored.to(self.base_dtype)).float()
+        if change is not None:
+            weight = change.apply(weight)
+        if self.merger is None or self.merger.kind(name) == "copied":
+            return weight
+        return self.merger.rounded(name, weight).float()
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows ``[first, last)`` in fp32, with the change applied."""
         change = self.changes.get(name)
         if change is not None and not change.is_row_wise:
-            return change.apply(self.read(name, 0, None).float())[first:last]
-        rows = self.read(name, first, last).float()
-        return rows if change is None else change.rows(first, first + len(rows)).apply(rows)
+            return self.weight(name, self.read(name, 0, None), change)[first:last]
+        stored = self.read(name, first, last)
+        return self.weight(name, stored, None if change is None else change.rows(first, first + len(stored)))
 
 
 @dataclass(frozen=True)
 class ModelViews:
-    """``adapted`` is what was trained; ``reference`` is base + adapter on the weights that were chosen, most often the
-    same; ``other`` what a merge with the other choice of weights would give, where there is one."""
+    """``before``: the base as trained on. ``adapted``: with the adapter, as trained. ``reference``: the adapter on the
+    chosen base weights, most often the same. ``merged``: what was written. ``other``: what a merge into the other base
+    weights would be, where there are others."""
 
     before: ModelView
     adapted: ModelView
@@ -50,30 +67,27 @@ class ModelViews:
 
 
 def model_views(conversion: "Conversion", merged: ModelView) -> ModelViews:
-    """The models around a merge."""
-    chosen = adapted_base(conversion.base, conversion.adapter)
-    trained, other = chosen, None
-    if (opened := conversion.open_other_base()) is not None:
-        other = as_merged(opened, conversion.adapter, conversion.dtype)
-        if conversion.other_choice == "dequantized":  # and quantized it was, since there is a choice
-            trained = adapted_base(opened, conversion.adapter)
-    return ModelViews(ModelView(trained.names, trained.read), trained, chosen, merged, other)
+    """The models to compare with ``merged``."""
+    reference = adapted_base(conversion.base, conversion.adapter)
+    adapted, other = reference, None
+    if (base := conversion.open_other_base()) is not None:
+        other = as_merged(base, conversion.adapter, conversion.dtype)
+        if conversion.other_choice == "dequantized":  # there is a choice only where training was on NF4
+            adapted = replace(adapted_base(base, conversion.adapter), read=other.read)
+    return ModelViews(replace(adapted, changes={}), adapted, reference, merged, other)
 
 
 def adapted_base(base: MergeBase, adapter: Adapter) -> ModelView:
-    """The base as training in ``adapter.dtype`` sees it, and the adapter beside it."""
-    return ModelView(
-        (base.tensors.keys() - adapter.dropped) | adapter.added.keys(), _base_rows(base, adapter), adapter.changes
-    )
+    """The base as training in ``adapter.dtype`` sees it, and the adapter unmerged."""
+    names = (base.tensors.keys() - adapter.dropped) | adapter.added.keys()
+    return ModelView(names, _base_rows(base, adapter), adapter.changes, base_dtype=adapter.dtype)
 
 
-def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
-    def read(name: str, first: int, last: int | None) -> torch.Tensor:
-        if name in adapter.added:
-            return adapter.added[name][first:last].to(adapter.dtype)
-        return _rows_of(base, name, first, last).to(adapter.dtype)
-
-    return read
+def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> ModelView:
+    """What a merge into ``base`` would write."""
+    merger = Merger(base, adapter, dtype)
+    names = [plan.name for plan in merger.plan()]
+    return ModelView(names, _base_rows(base, adapter), adapter.changes, merger=merger)
 
 
 def merged_folder(folder: Path) -> ModelView:
@@ -83,21 +97,15 @@ def merged_folder(folder: Path) -> ModelView:
 
 
 def as_stored(base: MergeBase) -> ModelView:
-    """A model of tensors as they are, those in 4 bits dequantized."""
+    """The tensors of a folder, those in 4 bits dequantized."""
     return ModelView(base.tensors.keys(), lambda name, first, last: _rows_of(base, name, first, last))
 
 
-def as_merged(base: MergeBase, adapter: Adapter, dtype: torch.dtype) -> ModelView:
-    """What a merge into ``base`` would write."""
-    merger = Merger(base, adapter, dtype)
-    plans = {plan.name: plan for plan in merger.plan()}
-
+def _base_rows(base: MergeBase, adapter: Adapter) -> ReadRows:
     def read(name: str, first: int, last: int | None) -> torch.Tensor:
-        if merger.kind(name) == "copied":
-            return _rows_of(base, name, first, last)
-        return torch.cat(list(merger.pieces(name))).view(plans[name].shape)[first:last]
+        return adapter.added[name][first:last] if name in adapter.added else _rows_of(base, name, first, last)
 
-    return ModelView(plans.keys(), read)
+    return read
 
 
 def _rows_of(base: MergeBase, name: str, first: int, last: int | None) -> torch.Tensor:
