@@ -1,10 +1,10 @@
 #!/bin/bash
-# One node's part of a job: node.sh SCRIPT [ARGUMENT ...] runs the script's ranks under DeepSpeed's launcher, as
-# slurm/train.sbatch has arranged it (QVTUNE_* variables).
+# Starts the ranks of one node: node.sh SCRIPT [ARGUMENT ...] runs the script with DeepSpeed's launcher. slurm/train.sbatch
+# sets the QVTUNE_* variables.
 set -u
 
-# As n1:0,1@n2:0,1. The launcher sets CUDA_VISIBLE_DEVICES from it: on this node to the devices that Slurm gave the job,
-# by default 0, 1, ... Of the other nodes only the number counts.
+# Prints n1:0,1@n2:0,1, from which the launcher sets CUDA_VISIBLE_DEVICES: on this node the devices that Slurm has granted,
+# by default 0, 1, ... For other nodes only the number of devices matters.
 devices() {
     local default given host
     default=$(seq -s , 0 $((QVTUNE_PROCS_PER_NODE - 1)))
@@ -35,25 +35,26 @@ while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done # a signal ends
 wait "$launcher"
 code=$?
 
-((code > 192)) && code=$((384 - code)) # a rank that signal n has ended: -n for the launcher, 128 + n for a shell
-# 143: a rank that was still starting, or heard it twice
+((code > 192)) && code=$((384 - code)) # a rank killed by signal n: -n for the launcher, 128 + n for a shell
+# 143: a rank without a handler yet, or with a second request
 [[ $asked && ($code == 1 || $code == 143) ]] && code=75
 if ((code)); then
     now=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Restarts=[0-9]*')
     if [[ $now && $now != " Restarts=${SLURM_RESTART_COUNT:-0}" ]]; then
-        # This node's slurmd died, say. At any other code srun would now end the step of its number: the next start's.
-        echo "exit code $code of restart ${SLURM_RESTART_COUNT:-0} on $SLURMD_NODENAME; the job has been started again meanwhile"
+        # For example this node's slurmd died. With another code srun would end the step of the same number: that of the
+        # next start.
+        echo "exit code $code of restart ${SLURM_RESTART_COUNT:-0} on $SLURMD_NODENAME; the job has been restarted meanwhile"
         exit 0
     fi
 fi
 case $code in
     0) ;;
-    # All ranks leave with these two. srun ends the other nodes at the first code that is not 0, and their launchers look
-    # at the ranks once a second: give them time to see the same.
+    # All ranks exit with these two codes. srun ends the other nodes at the first non-zero code, and their launchers poll
+    # the ranks once per second: give them time to see the same code.
     2 | 75) sleep 2 ;;
-    137) ;; # killed here: no host is lost, and the others are to end at once
+    137) ;; # killed on this node: no host is lost, and the others must end at once
     *)
-        # srun would wait for a host that does not answer until Slurm gives the host up
+        # srun would wait for a host that does not answer until Slurm marks it as down
         read -ra hosts <<<"$QVTUNE_HOSTS"
         [[ $(python -m qvtune.submit.batch lost "$QVTUNE_MASTER_PORT" "${hosts[@]}") ]] &&
             scancel --batch --signal=USR2 "$SLURM_JOB_ID"

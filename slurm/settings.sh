@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts, with $home set: the cluster's settings, and this checkout's code.
+# Sourced by the batch scripts, which set $home: reads the cluster's settings and puts the code of $home on PYTHONPATH.
 settings=${QVTUNE_CLUSTER_ENV:-$home/slurm/cluster.env}
 if [[ ! -r $settings ]]; then
-    echo "error: $settings is not there: cp slurm/cluster.env.example slurm/cluster.env, and edit it" >&2
+    echo "error: $settings does not exist: cp slurm/cluster.env.example slurm/cluster.env, and edit it" >&2
     exit 2
 fi
 # shellcheck source=/dev/null
 source "$settings"
-set -u # not before: module systems use variables that are not set
+set -u # only now: module systems use unset variables
 export PYTHONPATH=$home/src${PYTHONPATH:+:$PYTHONPATH}

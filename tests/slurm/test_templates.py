@@ -38,7 +38,7 @@ def test_without_settings_it_says_how_to_make_them(site: Site) -> None:
     job = site.train("unset", nodes=1, QVTUNE_CLUSTER_ENV="/nowhere/cluster.env")
     done = site.cluster.wait(job, timeout=60)
     assert (done.state, done.code) == ("FAILED", 2), done.story
-    assert "error: /nowhere/cluster.env is not there: cp slurm/cluster.env.example" in done.log()
+    assert "error: /nowhere/cluster.env does not exist: cp slurm/cluster.env.example" in done.log()
 
 
 def test_a_model_is_merged_after_the_training(site: Site, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_job_that_is_preempted_again_and_again_stops_at_the_cap(site: Site) ->
     site.cluster.sbatch(*options, "--wrap=true", cwd=site.home)
     done = site.cluster.wait(job, timeout=200)
     assert (done.state, done.code, done.restarts) == ("FAILED", 75, 0), done.story
-    assert "not started again: it has been 0 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
+    assert "not restarted: it has been restarted 0 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
 
 
 def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
@@ -111,7 +111,7 @@ def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
     site.cluster.run(LOGIN, "scontrol", "requeue", job)
     done = site.cluster.wait(job, timeout=200)
     assert (done.state, done.code, done.restarts) == ("FAILED", 75, 1), done.story
-    assert "not started again: it has been 1 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
+    assert "not restarted: it has been restarted 1 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
     record = site.lab.run_dir("capped-by-slurm/metrics.jsonl")
     assert not record.exists() or record.read_text().count("run_start") == 1  # the first start may have come so far
 
@@ -120,7 +120,7 @@ def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
     ("override", "message"),
     [
         ("optimizer.lrr=1", "did you mean `optimizer.lr`"),
-        ("checkpoint.resume=never", "checkpoint.resume: never; a job that is requeued would begin anew"),
+        ("checkpoint.resume=never", "checkpoint.resume: never; a requeued job would start from scratch"),
     ],
 )
 def test_a_wrong_recipe_ends_with_2(site: Site, override: str, message: str) -> None:

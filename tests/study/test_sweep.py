@@ -71,7 +71,7 @@ def test_commas_in_brackets_and_quotes_do_not_count(recipe: Path) -> None:
     ("arguments", "parts"),
     [
         (["train.seed=1"], ["no setting has several values"]),
-        (["train.seed=1,1"], ["train.seed has a value twice: 1, 1"]),
+        (["train.seed=1,1"], ["train.seed repeats a value: 1, 1"]),
         (["optimizer.lr=1e-4,-1", "data.eval=null"], ["data.eval: null", "optimizer.lr=-1"]),
         (["optimizer.lrr=1,2"], ["optimizer.lrr=1", "optimizer.lrr=2"]),
     ],

@@ -1,4 +1,4 @@
-"""What the batch script asks Python."""
+"""The helper of the batch scripts."""
 
 import socket
 import sys
@@ -45,8 +45,8 @@ def test_a_relative_run_folder_is_that_of_the_working_folder(recipe: Path, monke
 def test_a_run_that_would_never_be_done_is_refused(recipe: Path) -> None:
     with pytest.raises(UserError) as caught:
         batch.run_dir_of_job(recipe, ["checkpoint.resume=never", "train.stop_after_step=1"])
-    anew, stops = caught.value.problems
-    assert "begin anew each time" in anew and "stop there again and again" in stops
+    resume, stop = caught.value.problems
+    assert "start from scratch each time" in resume and "stop there each time" in stop
 
 
 def test_an_open_and_a_closed_port_are_answers_and_a_name_that_nobody_has_is_none() -> None:

@@ -1,4 +1,4 @@
-"""All-reduce and all-gather tested by value and timed, for the doctor."""
+"""Test of all-reduce and all-gather, by value and by time, for the doctor."""
 
 import datetime
 import time
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_NUMEL = {True: 16 << 20, False: 1 << 20}  # float32 from each rank, by whether it is on a GPU: 64 MiB, 4 MiB
+_NUMEL = {True: 16 << 20, False: 1 << 20}  # float32 elements per rank, on GPUs and on CPUs: 64 MiB, 4 MiB
 _ROUNDS = 3
 
 
 def measure_bandwidth(address: str, rank: int, world_size: int, local_rank: int, seconds: float) -> dict[str, Any]:
-    """Bytes per second of each operation across each rank's link, and the backend; in a process group of its own.
+    """Measure both collectives in a process group of their own, which this joins and leaves.
 
-    It is what nccl-tests call "bus bandwidth", which does not depend on the number of ranks. A collective waits at most
-    ``seconds``. Raises ValueError for wrong values.
+    Returns the backend, and the bus bandwidth of each collective as nccl-tests define it: bytes per second and link,
+    independent of the number of ranks. A collective waits at most ``seconds``. Raises ValueError for wrong values.
     """
     on_gpus = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpus else torch.device("cpu")
@@ -25,7 +25,7 @@ def measure_bandwidth(address: str, rank: int, world_size: int, local_rank: int,
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=timeout)
     numel = _NUMEL[on_gpus]
     own = torch.arange(numel, device=device) % 1024
-    sums = own * world_size + world_size * (world_size - 1) // 2  # of small integers: exact in float32 in any order
+    sums = own * world_size + world_size * (world_size - 1) // 2  # of small integers: exact in float32, in any order
     parts = [torch.empty(numel, device=device) for _ in range(world_size)]
     reduce_seconds = gather_seconds = 0.0
     for round_number in range(_ROUNDS + 1):
@@ -34,7 +34,7 @@ def measure_bandwidth(address: str, rank: int, world_size: int, local_rank: int,
         dist.all_reduce(values)
         between = _now(on_gpus)
         dist.all_gather(parts, mine)
-        if round_number:  # the first one connects
+        if round_number:  # the first round connects
             reduce_seconds += between - started
             gather_seconds += _now(on_gpus) - between
         _require(values, sums, "all-reduce")

@@ -1,7 +1,7 @@
 """A grid of runs and the table of their evaluation losses, for slurm/sweep.sbatch.
 
-``python -m qvtune.study.sweep point INDEX RECIPE [override ...]`` prints the overrides of one run, each ended by a
-zero byte; ``... table RECIPE [override ...]`` shows what the runs have come to, and writes it to ``run_dir/sweep.csv``.
+``python -m qvtune.study.sweep point INDEX RECIPE [override ...]`` prints the overrides of one run, each followed by a
+zero byte. ``... table RECIPE [override ...]`` shows the results of all runs and writes them to ``run_dir/sweep.csv``.
 """
 
 import csv
@@ -17,7 +17,7 @@ from qvtune.config.load import load_config, split_override
 from qvtune.errors import UserError
 from qvtune.report.metrics import read_metrics
 
-# What stands between commas, which do not count inside brackets and quotes.
+# A value of a comma-separated list; commas inside brackets and quotes do not separate.
 _VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
 
 
@@ -25,20 +25,20 @@ _VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
 class Point:
     """One run of the grid."""
 
-    settings: dict[str, str]  # those that have several values in the sweep
-    overrides: tuple[str, ...]  # all of the run's, its run_dir last
+    settings: dict[str, str]  # those with several values in the sweep
+    overrides: tuple[str, ...]  # all overrides of the run, its run_dir last
     run_dir: Path
 
 
 def grid(recipe: Path, arguments: Sequence[str]) -> list[Point]:
-    """The runs that ``section.key=value,value`` span; the last setting varies fastest.
+    """All combinations of the values in ``section.key=value,value``; the last setting varies fastest.
 
-    A run lies in a folder named after its values in the recipe's ``run_dir``. Raises UserError when no setting has
-    several values, when a value stands twice, and with all that is wrong with the runs' configurations.
+    The folder of a run is named after its values and is in the recipe's ``run_dir``. Raises UserError if no setting has
+    several values or a value is repeated, and with all problems of the runs' configurations.
     """
     axes = [(key, _values(key, text)) for key, text in map(split_override, arguments)]
     swept = [key for key, values in axes if len(values) > 1]
-    problems = [f"sweep: {key} has a value twice: {', '.join(values)}" for key, values in axes if _repeats(values)]
+    problems = [f"sweep: {key} repeats a value: {', '.join(values)}" for key, values in axes if _repeats(values)]
     if not swept:
         problems.append("sweep: no setting has several values; give one, e.g. optimizer.lr=1e-4,2e-4")
     if problems:
@@ -53,7 +53,9 @@ def grid(recipe: Path, arguments: Sequence[str]) -> list[Point]:
             problems += error.problems
             continue
         if config.data.eval is None:
-            problems.append("data.eval: null; a sweep's runs are compared by their evaluation loss: give rows for it")
+            problems.append(
+                "data.eval: null; the runs of a sweep are compared by their evaluation loss: give evaluation rows"
+            )
         run_dir = Path(config.run_dir) / _folder_name(settings)
         points.append(Point(settings, (*overrides, f"run_dir={run_dir}"), run_dir))
     if problems:
@@ -70,15 +72,15 @@ def _repeats(values: Sequence[str]) -> bool:
 
 
 def _folder_name(settings: dict[str, str]) -> str:
-    """``lr=1e-4,lr_multipliers.v=2``: without the section, and without what a folder's name should not hold."""
+    """``lr=1e-4,lr_multipliers.v=2``: without section names, and without characters unfit for a file name."""
     parts = (f"{key.partition('.')[2]}={value}" for key, value in settings.items())
     return ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
 
 
 def results(points: Sequence[Point]) -> list[dict[str, str | int | float]]:
-    """A row for each run, the lowest final evaluation loss first, then those that are not complete.
+    """One row per run: complete runs by increasing final evaluation loss, then the others.
 
-    Losses are in nats a label token; ``eval_loss`` is nan until the run is complete.
+    Losses are in nats per label token; ``eval_loss`` is nan until the run is complete.
     """
     rows = [{**point.settings, **_result(point.run_dir), "run_dir": str(point.run_dir)} for point in points]
     return sorted(rows, key=lambda row: (math.isnan(float(row["eval_loss"])), row["eval_loss"]))
@@ -100,7 +102,7 @@ def _result(run_dir: Path) -> dict[str, str | int | float]:
 
 
 def write_table(rows: Sequence[dict[str, str | int | float]], path: Path) -> None:
-    """As CSV; an unknown loss is an empty field."""
+    """Write the rows as CSV; an unknown loss is an empty field."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -121,7 +123,7 @@ def _show(rows: Sequence[dict[str, str | int | float]]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """See the top of this file; 0, or the exit code of a UserError, which is printed."""
+    """Run a command (see the top of this file); returns 0, or the exit code of a UserError, which is printed."""
     command, *rest = arguments
     try:
         if command == "point":

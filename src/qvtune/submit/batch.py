@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch and slurm/node.sh ask Python: ``python -m qvtune.submit.batch prepare|lost|finished ...``.
+"""Helper of slurm/train.sbatch and slurm/node.sh: ``python -m qvtune.submit.batch prepare|lost|finished ...``.
 
 Imports nothing that takes seconds.
 """
@@ -17,22 +17,22 @@ from qvtune.errors import UserError
 
 
 def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
-    """The run folder, absolute, of a recipe that can be started again and again.
+    """The absolute run folder of a recipe that may be requeued.
 
-    Raises UserError: with all that is wrong with the configuration; when ``checkpoint.resume`` is ``never`` or
+    Raises UserError for problems of the configuration, and if ``checkpoint.resume`` is ``never`` or
     ``train.stop_after_step`` is set.
     """
     config = load_config(recipe, overrides)
     problems = []
     if config.checkpoint.resume == "never":
         problems.append(
-            f"checkpoint.resume: never; a job that is requeued would begin anew each time ({recipe}). Add "
+            f"checkpoint.resume: never; a requeued job would start from scratch each time ({recipe}). Add "
             "checkpoint.resume=if_available, and for a new run another run_dir=..."
         )
     if config.train.stop_after_step is not None:
         problems.append(
-            f"train.stop_after_step: {config.train.stop_after_step}; the job would requeue itself and stop there again "
-            f"and again ({recipe}). Add train.stop_after_step=null; the time limit chains runs by itself"
+            f"train.stop_after_step: {config.train.stop_after_step}; the job would requeue itself and stop there each "
+            f"time ({recipe}). Add train.stop_after_step=null; at the time limit the job requeues itself anyway"
         )
     if problems:
         raise UserError(problems)
@@ -40,7 +40,7 @@ def run_dir_of_job(recipe: Path, overrides: Sequence[str]) -> Path:
 
 
 def lost_hosts(hosts: Iterable[str], port: int, seconds: float = 10.0) -> list[str]:
-    """Those that do not answer at all within ``seconds``; that nobody listens on ``port`` is an answer."""
+    """The hosts that do not answer within ``seconds``; a refused connection on ``port`` is an answer."""
     names = list(hosts)
     with ThreadPoolExecutor(max_workers=min(64, len(names))) as pool:
         answers = list(pool.map(lambda host: _answers(host, port, seconds), names))
@@ -58,9 +58,9 @@ def _answers(host: str, port: int, seconds: float) -> bool:
 
 
 def has_finished(run_dir: Path) -> bool:
-    """Whether the run's last word is that all its steps are done.
+    """Whether the last event in metrics.jsonl is that the run is complete.
 
-    DeepSpeed's runner returns 0 when a signal (the kernel's, out of memory) has killed the launcher that it started.
+    The exit code is not enough: DeepSpeed's runner returns 0 if a signal (out of memory) has killed its launcher.
     """
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -69,9 +69,10 @@ def has_finished(run_dir: Path) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints for ``prepare RECIPE [overrides]`` a free port and the run folder, for ``lost PORT HOST ...`` these hosts.
+    """Run one command and return its exit code.
 
-    ``finished RUN_DIR`` answers by its exit code, 0 or 1.
+    ``prepare RECIPE [overrides]`` prints a free port and the run folder, ``lost PORT HOST ...`` the lost hosts;
+    ``finished RUN_DIR`` returns 0 or 1.
     """
     command, first, *rest = arguments
     if command == "finished":
