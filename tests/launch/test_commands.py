@@ -1,5 +1,6 @@
 """All commands of launch/: their --help has one structure, and a typo is answered before anything heavy is imported."""
 
+import os
 import re
 import subprocess
 import sys
@@ -102,3 +103,22 @@ def test_the_settings_are_shown_without_a_recipe_and_without_torch() -> None:
 def test_a_run_needs_a_recipe() -> None:
     code, _, error, imported = run(REPOSITORY / "launch" / "train.py", "train.max_steps=3")
     assert code == 2 and "--config RECIPE.yaml is required" in error and imported == []
+
+
+def test_the_compiler_of_torch_is_not_imported() -> None:
+    """bitsandbytes and DeepSpeed would import it with functions that this project does not call."""
+    program = """
+import sys
+from qvtune.distributed.command import run_alone
+
+def imports():
+    import bitsandbytes, deepspeed
+
+assert run_alone(imports) == 0
+print("torch.optim" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+"""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "True False"

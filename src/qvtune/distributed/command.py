@@ -31,7 +31,7 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
     except UserError as error:
         _print_before_start(error)
         return error.exit_code
-    silence_others()
+    _before_imports()
     from qvtune.distributed import process_group  # imports torch, which takes seconds
 
     try:
@@ -51,7 +51,7 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
 
 def run_alone(command: Callable[[], object]) -> int:
     """Run ``command`` without a process group; 0, or the exit code of its UserError, which is printed."""
-    silence_others()
+    _before_imports()
     try:
         command()
     except UserError as error:
@@ -60,9 +60,13 @@ def run_alone(command: Callable[[], object]) -> int:
     return 0
 
 
-def silence_others() -> None:
-    """Hide FutureWarnings that libraries cause in each other: the user cannot change anything about them."""
+def _before_imports() -> None:
+    """Settings of libraries that have to be made before they are imported."""
+    # FutureWarnings that libraries cause in each other: the user cannot change anything about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+    # bitsandbytes and DeepSpeed decorate functions that are never called here with torch.compile, which imports
+    # TorchInductor: a sixth of all import time. Nothing in this project is compiled.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _print_before_start(error: UserError) -> None:
