@@ -10,7 +10,7 @@ from qvtune.convert.convert import convert
 from qvtune.errors import UserError
 from qvtune.model.quantize import quantize
 from tests.convert.conftest import MakeRun
-from tests.support.tiny import make_model_folder
+from tests.support.tiny import ENCODERS, make_model_folder
 
 
 def test_a_run_on_an_nf4_folder_merges_to_the_same_as_one_on_its_source(
@@ -40,3 +40,23 @@ def test_a_base_that_has_changed_since_is_refused_by_tensor_and_leaves_nothing(
         convert(run, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".merged")]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_in_a_checkpoint_with_a_head_is_the_one_that_was_trained(
+    make_run: MakeRun, tmp_path: Path, family: str
+) -> None:
+    base = make_model_folder(tmp_path / "base", family)
+    run = make_run(base, quantization="none")
+    convert(run, tmp_path / "merged")
+    before, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == merged.keys()
+    changed = [name for name in before if not torch.equal(before[name].float(), merged[name].float())]
+    assert len(changed) == 4 and all(name.startswith(f"{family}.encoder.layer.") for name in changed)
+    before[f"{family}.embeddings.word_embeddings.weight"][3, 5] += 0.25
+    save_file(before, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"'embeddings\.word_embeddings\.weight' is .*(?s:.)*another base"):
+        convert(run, tmp_path / "refused")
+    with pytest.raises(UserError, match=r"decoder\.weight' of the architecture is missing"):  # NF4 leaves the head out
+        convert(make_run(base), tmp_path / "refused", base_weights="original")
+    assert not list(tmp_path.glob("*refused*"))

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Conversion:
         """The class of transformers that loads the merged model."""
         return "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"
 
-    def open_other_base(self) -> MergeBase | None:
+    @cached_property
+    def other_base(self) -> MergeBase | None:
         """The base with the weights of ``other_choice``; None where there is none."""
         if self.other_choice is None:
             return None

@@ -97,7 +97,8 @@ def _architecture(conversion: Conversion) -> "LayeredModel":
     from qvtune.convert.proof.layers import empty_model
 
     layered = empty_model(conversion.base.folder, conversion.settings, conversion.model.trust_remote_code)
-    layered.require_names(conversion.base.tensors.keys() | conversion.adapter.added.keys(), str(conversion.base.folder))
+    for base in filter(None, (conversion.base, conversion.other_base)):
+        layered.require_names(base.tensors.keys() | conversion.adapter.added.keys(), str(base.folder))
     return layered
 
 

@@ -13,7 +13,8 @@ from qvtune.console import console
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.tensors import MatrixUpdate, Merger
 from qvtune.model import fingerprint
-from qvtune.model.fingerprint import ContentChecksums
+from qvtune.model.families import FAMILIES, encoder_names
+from qvtune.model.fingerprint import ContentChecksums, Fingerprint
 from qvtune.storage.checksum import partial_checksum
 from qvtune.storage.partial import PartialOutput
 from qvtune.storage.writer import plan_files, write_file, write_index
@@ -107,8 +108,19 @@ def require_base(conversion: Conversion, checksums: ContentChecksums) -> None:
     """
     content, expected = conversion.base.fingerprint(checksums), conversion.source.fingerprint
     if expected is not None:
+        content = _names_of_training(conversion, content)
         advice = f"{conversion.source.path} was trained on another base; give that one"
         fingerprint.require_same(expected, content, "the base (model.name_or_path)", advice)
+
+
+def _names_of_training(conversion: Conversion, content: Fingerprint) -> Fingerprint:
+    """Training reads an encoder's checkpoint under the names of the bare encoder; a merge into the original weights
+    keeps those of the files, which may have a prefix and a head."""
+    config = json.loads((conversion.base.folder / "config.json").read_text(encoding="utf-8"))
+    family = FAMILIES.get(config.get("model_type"))
+    if conversion.base.opened is not None or family is None or not family.is_encoder:
+        return content
+    return {new: content[name] for new, name in encoder_names(content, config["model_type"]).items()}
 
 
 def merged_config(conversion: Conversion) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def model_views(conversion: "Conversion", merged: ModelView) -> ModelViews:
     """The models to compare with ``merged``."""
     reference = adapted_base(conversion.base, conversion.adapter)
     adapted, other = reference, None
-    if (base := conversion.open_other_base()) is not None:
+    if (base := conversion.other_base) is not None:
         other = as_merged(base, conversion.adapter, conversion.dtype)
         if conversion.other_choice == "dequantized":  # there is a choice only where training was on NF4
             adapted = replace(adapted_base(base, conversion.adapter), read=other.read)
