@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from tests.support.forks import fork_command
 from tests.support.lab import Lab, make_lab
 from tests.support.processes import REPOSITORY, Finished, run_command
 
@@ -33,11 +34,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def train(lab: Lab, launcher: str, name: str, *overrides: str) -> Finished:
     """Run the recipe under a launcher into ``lab.run_dir(name)``."""
-    command: list[str | Path] = [
-        *LAUNCHERS[launcher],
-        TRAIN,
-        "--config",
-        lab.folder / "recipe.yaml",
-        f"run_dir={lab.run_dir(name)}",
-    ]
-    return run_command([*command, *overrides], lab.folder / "output" / name, timeout=240, **lab.environment)
+    command = [*LAUNCHERS[launcher], *_command(lab, name, *overrides)]
+    return run_command(command, lab.folder / "output" / name, timeout=240, **lab.environment)
+
+
+def train_forked(lab: Lab, name: str, *overrides: str) -> Finished:
+    """Run the recipe as one process without a launcher, in a fork of the warm interpreter."""
+    folder = lab.folder / "output" / name
+    return fork_command(_command(lab, name, *overrides), folder, timeout=240, **lab.environment)
+
+
+def _command(lab: Lab, name: str, *overrides: str) -> list[str | Path]:
+    return [TRAIN, "--config", lab.folder / "recipe.yaml", f"run_dir={lab.run_dir(name)}", *overrides]

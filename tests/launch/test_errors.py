@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launch.conftest import TRAIN, train, without_gpu
-from tests.support.forks import fork_command
+from tests.launch.conftest import train, train_forked, without_gpu
 from tests.support.lab import Lab
 
 # Name -> arguments after the recipe, and what the message must name.
@@ -48,9 +47,7 @@ def wrong(lab: Lab) -> Path:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mistake_gives_one_message_and_exit_code_2(lab: Lab, wrong: Path, name: str) -> None:
     words, parts = WRONG[name]
-    command = [TRAIN, "--config", lab.folder / "recipe.yaml", *(word.format(wrong=wrong) for word in words)]
-    folder = lab.folder / "output" / name
-    ended = fork_command([*command, f"run_dir={lab.run_dir(name)}"], folder, timeout=60, **lab.environment)
+    ended = train_forked(lab, name, *(word.format(wrong=wrong) for word in words))
     message = ended.stderr
     assert ended.code == 2, message
     assert all(line.startswith("error: ") for line in message.splitlines()), message

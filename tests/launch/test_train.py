@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from qvtune.config.load import load_config
-from tests.launch.conftest import TRAIN, train, without_gpu
+from tests.launch.conftest import TRAIN, train, train_forked, without_gpu
 from tests.support.lab import Lab
 
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
@@ -129,7 +129,7 @@ def test_an_earlier_run_is_moved_aside(lab: Lab, python: str) -> None:
 
 def test_a_changed_setting_is_refused_at_resume(lab: Lab, python: str) -> None:
     before = (lab.run_dir("python") / "metrics.jsonl").read_bytes()
-    ended = train(lab, "python", "python", "optimizer.lr=1.0", "data.max_length=32")
+    ended = train_forked(lab, "python", "optimizer.lr=1.0", "data.max_length=32")
     assert ended.code == 2, ended.output
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert lines[0] == "error: data.max_length: 32 now, 64 in the checkpoint"

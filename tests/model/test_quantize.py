@@ -1,8 +1,5 @@
 """The NF4 folder: what transformers and training make of it, killed starts, damage."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from qvtune.model.loader import fill, load_whole, open_base
 from qvtune.model.quantize import quantize
 from qvtune.model.shard import Whole
 from qvtune.storage.safetensors import read_headers
+from tests.support.forks import fork_command
 
 CPU = torch.device("cpu")
 SMALL = 20_000  # bytes of a shard: several files
@@ -79,8 +77,8 @@ def test_killed_and_started_again_it_is_the_same_to_the_byte(
 ) -> None:
     quantize(llama_folder, tmp_path / "straight", max_shard_bytes=SMALL)
     output = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(llama_folder), str(output), str(whole_shards), str(SMALL)]
-    assert subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == -9
+    command = ["-c", KILLED, llama_folder, output, str(whole_shards), str(SMALL)]
+    assert fork_command(command, tmp_path / "output", timeout=60).code == -9
     assert not output.exists()
     written: list[str] = []
     save_file = module.save_file

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tests.model.sparse import (
     make_sparse_folder,
     num_weights,
 )
-from tests.support.processes import run_command
+from tests.support.forks import fork_command
 
 MIB = 2**20
 RANK, NUM_RANKS = 17, 1024
@@ -39,8 +38,8 @@ def test_one_rank_of_1024_pays_for_its_share(tmp_path: Path, config: dict[str, A
     folder = make_sparse_folder(tmp_path / "model", config)
     result = tmp_path / "result.json"
 
-    ended = run_command(
-        [sys.executable, "-m", "tests.model.one_of_many", folder, str(RANK), str(NUM_RANKS), result],
+    ended = fork_command(
+        ["-m", "tests.model.one_of_many", folder, str(RANK), str(NUM_RANKS), result],
         tmp_path / "output",
         timeout=300,
     )

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from tests.slurm.cluster import GPUS_PER_HOST, Cluster, Job
+from tests.support.forks import fork_ranks
 from tests.support.lab import Lab, make_lab
-from tests.support.processes import REPOSITORY, run_ranks
+from tests.support.processes import REPOSITORY
 
 MAX_STEPS = 20  # some seconds: a fault that waits for step 4 finds the run at work
 SAVE_EVERY = 8
@@ -72,10 +73,10 @@ class Site:
         """The losses of a run that is not interrupted, of local processes without Slurm."""
         if num_ranks not in self.references:
             name = f"reference-{num_ranks}"
-            command: list[str | Path] = [sys.executable, REPOSITORY / "launch" / "train.py"]
+            command: list[str | Path] = [REPOSITORY / "launch" / "train.py"]
             command += ["--config", self.lab.folder / "recipe.yaml", f"run_dir={self.lab.run_dir(name)}"]
             folder = self.lab.folder / "output" / name
-            for ended in run_ranks(command, num_ranks, folder, timeout=240, **self.lab.environment):
+            for ended in fork_ranks(command, num_ranks, folder, timeout=240, **self.lab.environment):
                 assert ended.code == 0, ended.output
             self.references[num_ranks] = self.losses(name)
         return self.references[num_ranks]

@@ -39,6 +39,7 @@ WARM = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
     "qvtune.train.loop",
 )
 # Read by libraries when they are imported: the same for all forks.

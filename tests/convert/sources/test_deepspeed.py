@@ -17,9 +17,9 @@ from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.source import open_source
 from qvtune.errors import UserError
 from tests.convert.foreign import assert_same, merged_by_peft, merged_by_us
-from tests.support.processes import REPOSITORY, run_ranks
+from tests.support.forks import fork_ranks
 
-WORKER = Path(__file__).with_name("deepspeed_worker.py")
+WORKER = Path(__file__).parents[1] / "deepspeed_worker.py"
 # Number of ranks -> what they train one after the other: starting them costs more than all of it.
 JOBS = {1: ("trainer-2", "trainer-3"), 2: ("trainer-2", "trainer-3", "sft-2"), 3: ("trainer-2", "trainer-3", "sft-3")}
 
@@ -28,11 +28,8 @@ JOBS = {1: ("trainer-2", "trainer-3"), 2: ("trainer-2", "trainer-3", "sft-2"), 3
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_fp32_folder: Path) -> Path:
     """OUTPUT of deepspeed_worker.py for one number of ranks."""
     output = tmp_path_factory.mktemp("deepspeed")
-    command = [sys.executable, WORKER, llama_fp32_folder, output, *JOBS[request.param]]
-    path = f"{REPOSITORY / 'src'}:{REPOSITORY}"
-    ranks = run_ranks(
-        command, request.param, output / "logs", timeout=500, DS_ACCELERATOR="cpu", PYTHONPATH=path, HF_HUB_OFFLINE="1"
-    )
+    command = [WORKER, llama_fp32_folder, output, *JOBS[request.param]]
+    ranks = fork_ranks(command, request.param, output / "logs", timeout=500)
     assert all(rank.code == 0 for rank in ranks), "\n".join(rank.output for rank in ranks if rank.code not in (0, -9))
     return output
 
