@@ -29,6 +29,7 @@ with Workers() as first, Workers() as second, Workers() as lonely, ThreadPoolExe
 """
 
 
+@pytest.mark.distributed
 def test_correct_values_and_an_end_in_time(tmp_path: Path) -> None:
     done = run_command([sys.executable, "-c", SCRIPT], tmp_path, timeout=120)
     assert done.code == 0, done.output

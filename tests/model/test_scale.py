@@ -28,6 +28,7 @@ MIB = 2**20
 RANK, NUM_RANKS = 17, 1024
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("config", "hub_weights"),
     # The sizes that the hub gives: model.safetensors.index.json's total_size / 2.

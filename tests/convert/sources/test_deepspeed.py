@@ -34,6 +34,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return output
 
 
+@pytest.mark.distributed
 def test_the_masters_are_what_the_library_has_gathered_and_merge_to_what_peft_merges(
     trained: Path, llama_fp32_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_the_masters_are_what_the_library_has_gathered_and_merge_to_what_peft_me
         assert not torch.equal(expected["model.norm.weight"], base["model.norm.weight"])  # trained, in its own group
 
 
+@pytest.mark.distributed
 def test_the_adapter_beside_it_needs_no_pickle(trained: Path, llama_fp32_folder: Path) -> None:
     checkpoint = trained / "trainer-3" / "checkpoint-2"
     source = open_source(checkpoint)
