@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qvtune.checkpoint.state import TrainerState, load_trained, load_trainer_state, require_base, save
+from qvtune.checkpoint.engine import load_trained
+from qvtune.checkpoint.state import TrainerState, load_trainer_state, require_base, save
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 from qvtune.model.adapters import add_adapters, trainable

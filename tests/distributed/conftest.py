@@ -50,6 +50,17 @@ TERMINATED_EARLY = {
     "terminated-loading": {"function": "qvtune.model.loader._fill_quantized", "nth": 3},
 }
 
+# Copies of stopped runs, which continue on as many ranks as the name says -> the run, and its changes.
+SHARES = {
+    f"shares-{kind}-{num_ranks}": (f"stopped{suffix}", changes)
+    for num_ranks in (2, 3)
+    for kind, suffix, changes in (
+        ("lora", "", {}),
+        ("full", "-full", FULL),
+        ("full-zero2", "-full-zero2", {**FULL, **ZERO2}),
+    )
+}
+
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
@@ -109,6 +120,7 @@ def two(lab: Lab) -> Results:
         _train(lab, "full-zero2", **FULL, **ZERO2),
         _train(lab, "full-unquantized", **FULL, model__quantization="none"),
         _train(lab, "stopped-full", **FULL, **STOP),
+        _train(lab, "stopped-full-zero2", **FULL, **ZERO2, **STOP),
         {
             **_train(lab, "killed", train__save_every=3),  # as step 5 begins: two calls a step, and one at the start
             "signal_at": {"function": "qvtune.train.loop.rows_of_step", "nth": 10, "number": signal.SIGKILL},
@@ -118,6 +130,8 @@ def two(lab: Lab) -> Results:
     change_one_weight(lab.folder / "other" / "model.safetensors")
     for copy in ("refused", "stopped-on-three"):
         lab.copy_run("stopped", copy)
+    for copy, (run, _) in SHARES.items():
+        lab.copy_run(run, copy)
     return results
 
 
@@ -135,6 +149,7 @@ def two_later(lab: Lab, two: Results) -> Results:
         *(_train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
         _train(lab, "stopped-full", **FULL),
         _train(lab, "killed", train__save_every=3),
+        *_shares(lab, 2),
     ]
     return _launch(lab, "two_later", 2, jobs)
 
@@ -148,6 +163,7 @@ def three(lab: Lab, two: Results) -> Results:
         _train(lab, "three"),
         _train(lab, "stopped-on-three"),
         _train(lab, "full-on-three", **FULL),
+        *_shares(lab, 3),
     ]
     return _launch(lab, "three", 3, jobs)
 
@@ -158,6 +174,11 @@ def _base(lab: Lab, name: str, **changes: Any) -> Job:
 
 def _train(lab: Lab, name: str, **changes: Any) -> Job:
     return {"name": name, "do": "train", "config": lab.config(name, **changes)}
+
+
+def _shares(lab: Lab, num_ranks: int) -> list[Job]:
+    jobs = [(name, changes) for name, (_, changes) in SHARES.items() if name.endswith(str(num_ranks))]
+    return [{"name": name, "do": "shares", "config": lab.config(name, **changes)} for name, changes in jobs]
 
 
 def _evaluated(lab: Lab, name: str, **changes: Any) -> Job:

@@ -20,8 +20,11 @@ import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import collate
 from qvtune.distributed import process_group
@@ -29,6 +32,7 @@ from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested, UserError
 from qvtune.model.fingerprint import ContentChecksums
 from qvtune.model.nf4 import NF4Linear
+from qvtune.storage.safetensors import TensorFiles
 from qvtune.system import peak_rss_bytes
 from qvtune.train import loop
 from qvtune.train import prepare as train_prepare
@@ -129,6 +133,48 @@ def memory(config: dict[str, Any]) -> dict[str, int]:
     return {**noted, "peak": peak_rss_bytes()}
 
 
+class _Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation returns, DeepSpeed's collectives included."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+def shares(config: dict[str, Any]) -> dict[str, Any]:
+    """What this rank verifies, reads, and holds while gathering, in a training that resumes and saves once."""
+    noted: dict[str, Any] = {"hashed": 0, "read": {}, "gathered": 0, "largest": 0}
+
+    def read(files: TensorFiles, name: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+        data = real_read(files, name, start, end)
+        file = files[name].file.name
+        noted["read"][file] = noted["read"].get(file, 0) + data.nbytes
+        return data
+
+    def hash_file(path: Path) -> str:
+        noted["hashed"] += 1
+        return real_hash(path)
+
+    def gather(engine: Any) -> Any:
+        with _Largest() as largest:
+            state = real_gather(engine)
+        noted.update(gathered=len(state), largest=largest.numel)
+        return state
+
+    real_read, real_hash, real_gather = TensorFiles.read, checkpoint_folder.sha256, loop.gather_state
+    with (
+        patch.object(TensorFiles, "read", read),
+        patch.object(checkpoint_folder, "sha256", hash_file),
+        patch.object(loop, "gather_state", gather),
+    ):
+        assert loop.train(RunConfig.model_validate(config)) == loop.EXIT_DONE
+    return noted
+
+
 def base(config: dict[str, Any]) -> dict[str, Any]:
     """A prepared run's base against the file and bitsandbytes, and its loss on the first row of the data."""
     run = prepare(RunConfig.model_validate(config), StopRequest())
@@ -176,7 +222,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EXPECTED = {"UserError": UserError, "RuntimeError": RuntimeError, "StopRequested": StopRequested}
-JOBS = {"train": train, "base": base, "memory": memory}
+JOBS = {"train": train, "base": base, "memory": memory, "shares": shares}
 
 
 def main() -> None:

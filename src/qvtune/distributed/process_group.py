@@ -5,7 +5,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -161,6 +161,31 @@ def all_gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
     return parts
 
 
+def gather_on_main(own: torch.Tensor, numels: Sequence[int]) -> torch.Tensor | None:
+    """The 1-D tensors of all ranks one after the other, on rank 0; None on other ranks. Collective.
+
+    ``own`` is in host memory and has ``numels[rank]`` elements. Ranks with none send nothing, and no rank but 0 holds
+    more than its own.
+    """
+    assert own.numel() == numels[rank()], (own.shape, numels)
+    if not is_main():
+        if own.numel():
+            dist.send(own.contiguous().view(torch.uint8), 0, group=_host_group())
+        return None
+    whole = own.new_empty(sum(numels))
+    pieces = whole.split(list(numels))
+    pieces[0].copy_(own)
+    requests = [
+        dist.irecv(piece.view(torch.uint8), source, group=_host_group())
+        for source, piece in enumerate(pieces)
+        if source and piece.numel()
+    ]
+    for request in requests:
+        assert request is not None  # only where this rank is not in the group
+        request.wait()
+    return whole
+
+
 def all_gather_object(own: Any) -> list[Any]:
     """The objects of all ranks, in rank order; of this process alone where there is no process group."""
     if not dist.is_initialized():
@@ -172,7 +197,10 @@ def all_gather_object(own: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Rank 0's value, on every rank; this process's own where there is no process group."""
+    if not dist.is_initialized():
+        assert world_size() == 1, "call start() first"
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -198,6 +226,16 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise UserError(problems)
     if stops := [text for _, text in reports if text is not None]:
         raise StopRequested(stops[0])
+
+
+def on_main(build: Callable[[], Value]) -> Value:
+    """What ``build()`` returns on rank 0, on every rank; its UserError or StopRequested is raised on all ranks."""
+    value: Any = None
+    with raise_on_all_ranks():
+        if is_main():
+            value = build()
+    result: Value = broadcast_object(value)
+    return result
 
 
 def once_per_host(build: Callable[[], Value]) -> Value:

@@ -9,6 +9,7 @@ import torch
 
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint import state as checkpoint_state
+from qvtune.checkpoint.engine import gather_state
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch
 from qvtune.data.order import rows_of_step
@@ -168,9 +169,9 @@ def _mark_best(run: Run, workspace: Path) -> None:
 
 
 def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
-    """Write a checkpoint: all ranks gather, rank 0 writes, all continue when it is complete."""
+    """Write a checkpoint: gathered on rank 0, which writes; all continue when it is complete."""
     started = time.monotonic()
-    gathered = checkpoint_state.gather_state(run.engine)
+    gathered = gather_state(run.engine)
     checkpoints = run.run_dir / "checkpoints"
     size = 0
     if run.owner is not None:

@@ -133,6 +133,10 @@ class _Checks(Problems):
         """What ``check`` returns; None, on all ranks, where it raises a UserError on one of them."""
         return self.attempt(partial(_on_all_ranks, check))
 
+    def run_on_main(self, check: Callable[[], Value]) -> Value | None:
+        """The same for what rank 0 does alone."""
+        return self.attempt(partial(process_group.on_main, check))
+
     def run_once_per_host(self, build: Callable[[], Value]) -> Value | None:
         """The same for what fills a cache that the ranks of a host share."""
         return self.attempt(partial(process_group.once_per_host, build))
@@ -169,7 +173,7 @@ def _inspect(
     attention, attention_reason = chosen or ("sdpa", "for checks only")
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
-    resume = checks.run(lambda: find_resume(config))
+    resume = checks.run_on_main(lambda: find_resume(config))
     folder = checks.run_once_per_host(lambda: find_model(config.model.name_or_path, cache_dir()))
     layer_numel = tokenizer = None
     if folder is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvtune.checkpoint import engine as checkpoint_engine
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.owner import Owner
 from qvtune.checkpoint.state import TrainerState
@@ -46,9 +47,9 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     planned = preflight(config, process_group.world_size(), poll=stop.poll, poll_alone=stop.poll_alone)
     model, load, content = _load_model(config, planned, stop)
     stop.poll()
-    resume, owner = open_run_folder(config, planned.deepspeed_config)
+    resume, owner = open_run_folder(config, planned.deepspeed_config, planned.resume)
     if resume is not None:
-        checkpoint_state.load_trained(resume, model)
+        checkpoint_engine.load_trained(resume, model)
         state = checkpoint_state.load_trainer_state(resume)
         if process_group.is_main():
             console().print(_resume_line(resume, planned, state))
@@ -73,10 +74,10 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     else:
         placement = Whole(process_group.device())
     load, content = fill(base, placement, planned.dtype, stop.poll)
-    if planned.resume is not None:
-        checkpoint_state.require_base(planned.resume, content)
     with process_group.raise_on_all_ranks():
         if process_group.is_main():
+            if planned.resume is not None:
+                checkpoint_state.require_base(planned.resume, content)
             require_unchanged(base.weights, content, cache_dir() / "bases")
     model = add_adapters(
         base.skeleton, config.adapter, str(planned.folder), config.train.seed, planned.task.peft_task_type
@@ -112,7 +113,7 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Pa
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffers[name].to(buffer.device))
     if resume is not None:
-        checkpoint_state.load_optimizer(resume, engine, state.step)
+        checkpoint_engine.load_optimizer(resume, engine, state.step)
     assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
     if process_group.is_main():
         for group in groups:

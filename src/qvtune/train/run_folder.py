@@ -53,9 +53,10 @@ def trajectory_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def find_resume(config: RunConfig) -> Path | None:
+def find_resume(config: RunConfig, verified: Path | None = None) -> Path | None:
     """The checkpoint that this run resumes from, verified; None for a new run.
 
+    ``verified`` names one that has been verified before by this start: comparing its files once is enough.
     Raises UserError when ``checkpoint.resume: always`` finds none, when the checkpoint is damaged, and when it was made
     with settings that give other losses.
     """
@@ -69,7 +70,8 @@ def find_resume(config: RunConfig) -> Path | None:
         if config.checkpoint.resume == "always":
             raise UserError(f"checkpoint.resume: always, but {run_dir / 'checkpoints'} holds no checkpoint")
         return None
-    checkpoint_folder.verify(found)
+    if found != verified:
+        checkpoint_folder.verify(found)
     differences = _differences(load_trainer_state(found).trajectory, trajectory_settings(config))
     if differences:
         raise UserError(
@@ -93,19 +95,19 @@ def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -
     return problems
 
 
-def open_run_folder(config: RunConfig, deepspeed_config: dict[str, Any]) -> tuple[Path | None, Owner | None]:
+def open_run_folder(
+    config: RunConfig, deepspeed_config: dict[str, Any], verified: Path | None = None
+) -> tuple[Path | None, Owner | None]:
     """Take the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
 
     Returns the checkpoint to resume from, as ``find_resume`` does, now that no other run can add or delete one, and
-    on rank 0 the owner. Where a new run starts, files of an earlier one are moved to ``run_dir.1``, ``.2``, ...
+    on rank 0 the owner; ``verified``: see there. Where a new run starts, files of an earlier one are moved to
+    ``run_dir.1``, ``.2``, ...
     The job's own ``logs`` and ``submitted`` stay.
     """
     hosts = process_group.all_gather_object(socket.gethostname())
     owner = take(Path(config.run_dir)) if process_group.is_main() else None
-    with process_group.raise_on_all_ranks():
-        found = find_resume(config) if owner is not None else None
-    # Other hosts may not see yet what the old owner did last.
-    resume: Path | None = process_group.broadcast_object(found)
+    resume = process_group.on_main(lambda: find_resume(config, verified))
     if owner is not None:
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")

@@ -1,0 +1,64 @@
+"""A rank verifies, reads and holds of checkpoints what it must, and no more."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from qvtune.checkpoint.folder import newest
+from qvtune.storage.safetensors import read_headers
+from tests.distributed.conftest import SHARES, Results
+from tests.support.lab import MAX_STEPS, Lab
+
+
+def checkpoint_of(lab: Lab, name: str) -> Path:
+    found = newest(lab.run_dir(name) / "checkpoints")
+    assert found is not None and found.name == f"step-{MAX_STEPS:08d}"
+    return found
+
+
+@pytest.fixture(params=SHARES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def ranks(name: str, request: pytest.FixtureRequest) -> Results:
+    results: Results = request.getfixturevalue("two_later" if name.endswith("2") else "three")
+    return [result[name] for result in results]
+
+
+def test_rank_0_alone_verifies_once(lab: Lab, name: str, ranks: Results) -> None:
+    num_files = len(list(checkpoint_of(lab, name).iterdir())) - 1  # the manifest
+    assert ranks[0]["hashed"] == 2 * num_files, "those of the checkpoint that it resumes from, and of the one it writes"
+    assert [rank["hashed"] for rank in ranks[1:]] == [0] * (len(ranks) - 1)
+
+
+def test_the_ranks_read_each_element_of_the_optimizer_once(lab: Lab, name: str, ranks: Results) -> None:
+    tensors = read_headers([checkpoint_of(lab, name) / "optimizer.safetensors"]).values()
+    total = sum(tensor.num_bytes for tensor in tensors)
+    read = [rank["read"]["optimizer.safetensors"] for rank in ranks]
+    assert sum(read) == total
+    # ZeRO-2 cuts groups of parameters, with padding at the end, ZeRO-3 each parameter
+    assert max(read) <= math.ceil(total / len(ranks)) + 4 * len(tensors) + 1024
+
+
+def test_matrices_that_zero3_cuts_are_read_once(lab: Lab, name: str, ranks: Results) -> None:
+    file = "trained.safetensors" if "full" in name else "adapter_model.safetensors"
+    tensors = read_headers([checkpoint_of(lab, name) / file]).values()
+    total = sum(tensor.num_bytes for tensor in tensors)
+    read = [rank["read"][file] for rank in ranks]
+    if "zero2" in name or "lora" in name:
+        assert read == [total] * len(ranks), "every rank has all values: always, or until DeepSpeed cuts the factors"
+    else:
+        assert sum(read) == total and max(read) <= math.ceil(total / len(ranks)) + 4 * len(tensors)
+
+
+def test_rank_0_alone_gathers(lab: Lab, name: str, ranks: Results) -> None:
+    tensors = read_headers([checkpoint_of(lab, name) / "optimizer.safetensors"]).values()
+    largest, num_parameters = max(tensor.numel for tensor in tensors), len(tensors) // 3
+    assert ranks[0]["gathered"] == num_parameters and ranks[0]["largest"] >= largest
+    assert [rank["gathered"] for rank in ranks[1:]] == [0] * (len(ranks) - 1)
+    if "zero2" in name:  # the share of a group can be whole parameters
+        largest = sum(tensor.numel for tensor in tensors) // 3
+    assert max(rank["largest"] for rank in ranks[1:]) <= math.ceil(largest / len(ranks))
