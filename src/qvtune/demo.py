@@ -53,7 +53,7 @@ def _show_answers(config: RunConfig, merged: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    folder = model_folder(config.model.name_or_path, cache_dir())
+    folder = model_folder(config.model.name_or_path, cache_dir(), config.model.revision)
     before = load_whole(folder, config.model, torch.float32)
     after = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     with demo_files(cache_dir())[1].open(encoding="utf-8") as file:

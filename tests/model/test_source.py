@@ -1,6 +1,7 @@
 """Ranges of stored tensors against safetensors' own reader, and everything that a model folder can lack."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qvtune.errors import UserError
-from qvtune.model.source import model_folder
+from qvtune.model.source import cached_model_folder, model_folder
 from qvtune.storage.safetensors import open_weights
-from tests.support.tiny import make_model_folder
+from tests.support.tiny import make_hub_cache, make_model_folder
 
 TENSORS = {
     "half": torch.randn(7, 9).half(),
@@ -169,3 +170,39 @@ def test_what_is_no_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=rf"model\.name_or_path: '{name}' .*{message}|{message}"):
         model_folder(name, tmp_path / "cache")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with two revisions of owner/tiny, their folders in ``tmp_path``, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in ("main", "v2"):
+        (tmp_path / revision).mkdir()
+        (tmp_path / revision / "config.json").write_text(json.dumps({"revision": revision}))
+    make_hub_cache(tmp_path / "hub", "owner/tiny", {name: tmp_path / name for name in ("main", "v2")})
+    return tmp_path
+
+
+@pytest.mark.parametrize("find", [model_folder, cached_model_folder])
+def test_a_revision_of_the_hub_can_be_pinned(hub: Path, find: Callable[..., Path | None]) -> None:
+    for revision, expected in ((None, "main"), ("main", "main"), ("v2", "v2"), (f"{2:040x}", "v2")):
+        folder = find("owner/tiny", hub / "cache", revision)
+        assert folder is not None
+        assert json.loads((folder / "config.json").read_text()) == {"revision": expected}
+
+
+def test_a_revision_that_is_not_there(hub: Path) -> None:
+    assert cached_model_folder("owner/tiny", hub / "cache", "v3") is None
+    with pytest.raises(UserError, match=r"at revision 'v3'.*`hf download owner/tiny --revision v3`"):
+        model_folder("owner/tiny", hub / "cache", "v3")
+
+
+@pytest.mark.parametrize("find", [model_folder, cached_model_folder])
+@pytest.mark.parametrize("name", ["demo", "main", "no/such/folder"])
+def test_only_a_hub_id_has_revisions(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, find: Callable[..., object], name: str
+) -> None:
+    monkeypatch.chdir(hub)
+    with pytest.raises(UserError, match=f"model.revision: 'v2' selects a revision .* is '{name}', which is not a hub"):
+        find(name, hub / "cache", "v2")

@@ -3,6 +3,8 @@
 The sizes are odd on purpose: neither the matrices nor the vocabulary divide by 3, so that 3 ranks share nothing evenly.
 """
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,13 @@ def make_row(*document_lengths: int, seed: int = 0) -> PackedRow:
     for document in labels:
         document[: max(1, len(document) // 3)] = IGNORE_INDEX
     return PackedRow(np.concatenate(documents), np.concatenate(labels), np.array(document_lengths, dtype=np.int32))
+
+
+def make_hub_cache(cache: Path, hub_id: str, revisions: Mapping[str, Path]) -> None:
+    """A cache of the hub with the model ``hub_id``: branch or tag -> the folder that it is a copy of."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    for number, (name, folder) in enumerate(revisions.items(), start=1):
+        commit = f"{number:040x}"
+        (repository / "refs" / name).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)

@@ -115,7 +115,7 @@ def test_every_other_setting_decides() -> None:
     """A new setting belongs to the trajectory until somebody says that it does not."""
     settings = trajectory_settings(config(Path("run")))
     assert settings["train"].keys() == {"global_batch_size", "seed"}
-    model = {"name_or_path", "quantization", "double_quant", "dtype", "allow_pickle", "trust_remote_code"}
+    model = {"name_or_path", "revision", "quantization", "double_quant", "dtype", "allow_pickle", "trust_remote_code"}
     assert settings["model"].keys() == model
     assert settings["optimizer"].keys() == {"lr", "lr_multipliers", "betas", "eps", "weight_decay", "max_grad_norm"}
     assert settings.keys() == {"task", "model", "adapter", "optimizer", "schedule", "data", "train"}

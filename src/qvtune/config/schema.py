@@ -44,6 +44,9 @@ class ModelSection(Section):
     name_or_path: str = Field(
         default="demo", description="folder of a Hugging Face model, hub id, or `demo` = the embedded SmolLM2-135M"
     )
+    revision: str | None = Field(
+        default=None, description="commit, tag or branch of a hub id; none = the newest version on the hub"
+    )
     quantization: Literal["nf4", "none"] = Field(
         default="nf4", description="storage of the frozen matrices; nf4 = 4 bits per weight; none = dtype"
     )

@@ -89,7 +89,7 @@ def open_conversion(
 
 def _folder_of(source: Source) -> Path:
     try:
-        return model_folder(source.model.name_or_path, cache_dir())
+        return model_folder(source.model.name_or_path, cache_dir(), source.model.revision)
     except UserError as error:
         advice = f"{source.path} names that base; where it is now is said with --base"
         raise UserError([*error.problems, advice]) from error

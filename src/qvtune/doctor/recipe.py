@@ -7,7 +7,7 @@ from qvtune.doctor.needs import Needs, needs_of
 from qvtune.doctor.software import base_fact, data_facts
 from qvtune.errors import UserError
 from qvtune.model.attention import choose_dtype
-from qvtune.model.source import cached_model_folder
+from qvtune.model.source import cached_model_folder, download_command
 from qvtune.storage.paths import cache_dir
 from qvtune.train.preflight import find_problems
 
@@ -34,9 +34,9 @@ def check_recipe(allocation: Allocation, run: RunConfig) -> tuple[Needs | None, 
 
 def _check_base(run: RunConfig, world_size: int) -> tuple[Needs | None, list[Finding], dict[str, str]]:
     name = run.model.name_or_path
-    folder = cached_model_folder(name, cache_dir())
+    folder = cached_model_folder(name, cache_dir(), run.model.revision)
     if folder is None:
-        return None, [_not_cached(name)], {"base": NOT_COMPARED}
+        return None, [_not_cached(name, run.model.revision)], {"base": NOT_COMPARED}
     dtype, _ = choose_dtype(run.model.dtype)
     needs, weights = needs_of(run, folder, world_size, dtype)
     total = sum(tensor.num_bytes for tensor in weights.values())
@@ -44,7 +44,7 @@ def _check_base(run: RunConfig, world_size: int) -> tuple[Needs | None, list[Fin
     return needs, [Finding("base", "ok", detail)], base_fact(weights)
 
 
-def _not_cached(name: str) -> Finding:
+def _not_cached(name: str, revision: str | None) -> Finding:
     """The base is not on this node yet: training would fetch it, unless it may not."""
     if name == "demo":
         detail = f"demo: not in the cache yet ({cache_dir()}); not checked"
@@ -52,7 +52,7 @@ def _not_cached(name: str) -> Finding:
     from huggingface_hub import constants
 
     detail = f"{name}: not in the hub's cache yet ({constants.HF_HUB_CACHE}); not checked"
-    remedy = f"`hf download {name}` where there is a network, with the HF_HOME of this node"
+    remedy = f"`{download_command(name, revision)}` where there is a network, with the HF_HOME of this node"
     if constants.HF_HUB_OFFLINE:
         return Finding("base", "fail", f"{detail}, and HF_HUB_OFFLINE is set", remedy)
     return Finding("base", "note", detail, f"training would download it; or {remedy}")

@@ -33,7 +33,7 @@ from qvtune.train.run_folder import find_resume
 
 Value = TypeVar("Value")
 Poll = Callable[[], None]
-FindModel = Callable[[str, Path], Path | None]  # model.name_or_path, cache folder -> the model's folder
+FindModel = Callable[[str, Path, str | None], Path | None]  # as ``model_folder``
 
 _FIRST_ROWS = 1000  # read of each data set where rows are not tokenized
 
@@ -174,7 +174,7 @@ def _inspect(
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
     resume = checks.run_on_main(lambda: find_resume(config))
-    folder = checks.run_once_per_host(lambda: find_model(config.model.name_or_path, cache_dir()))
+    folder = checks.run_once_per_host(lambda: find_model(config.model.name_or_path, cache_dir(), config.model.revision))
     layer_numel = tokenizer = None
     if folder is not None:
         layer_numel = _check_model(folder, config, dtype, checks)

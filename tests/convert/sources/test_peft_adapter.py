@@ -20,7 +20,7 @@ from transformers import (
 
 from qvtune.errors import UserError
 from tests.convert.foreign import assert_same, merged_by_peft, merged_by_us, save_adapter
-from tests.support.tiny import make_model_folder
+from tests.support.tiny import make_hub_cache, make_model_folder
 
 LM = AutoModelForCausalLM
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -246,7 +246,6 @@ V = "base_model.model.model.layers.1.self_attn.v_proj"
         (configure(bias="some"), "bias is 'some'; allowed: none, all, lora_only"),
         (configure(base_model_name_or_path=None), "names no base .*--base"),
         (configure(base_model_name_or_path="/nowhere/at/all"), "where it is now is said with --base"),
-        (configure(base_model_name_or_path="some/where", revision="v2"), "revision 'v2' of some/where"),
         (configure(r=8), r"lora_A\.weight has shape \[4, 64\], the base needs \[8, 64\]"),
         (configure(use_dora=True), r"v_proj\.lora_magnitude_vector \[32\] is missing"),
         (configure(modules_to_save=["lm_head"]), r"lm_head\.weight is missing \(modules_to_save\)"),
@@ -292,3 +291,20 @@ def test_an_adapter_for_another_base_is_refused_by_every_misfit(llama_fp32_folde
         merged_by_us(adapter, base=wider)
     assert len(caught.value.problems) == 5
     assert r"q_proj.lora_B.weight has shape [64, 4], the base needs [96, 4]" in str(caught.value)
+
+
+def test_the_revision_that_an_adapter_names_is_the_base(
+    llama_fp32_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    other = make_model_folder(tmp_path / "other", dtype=torch.float32, seed=1)
+    make_hub_cache(tmp_path / "hub", "owner/tiny", {"main": other, "v2": llama_fp32_folder})
+    adapter = save_adapter(llama_fp32_folder, tmp_path / "adapter", LM, **QV)
+    expected = merged_by_us(adapter)[0]
+    configure(base_model_name_or_path="owner/tiny", revision="v2")(adapter)
+    assert_same(merged_by_us(adapter)[0], expected)
+    configure(revision="v3")(adapter)
+    with pytest.raises(UserError, match=r"`hf download owner/tiny --revision v3`"):
+        merged_by_us(adapter)
+    assert_same(merged_by_us(adapter, base=llama_fp32_folder)[0], expected)

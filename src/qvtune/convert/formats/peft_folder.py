@@ -63,7 +63,7 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
         names[plain]: given[plain].detach().clone(memory_format=torch.contiguous_format) for plain in sorted(given)
     }
     save_file(contiguous, partial.folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(partial.folder / CONFIG, _as_json(config) | {"base_model_name_or_path": _base_name(conversion)})
+    write_json(partial.folder / CONFIG, _as_json(config) | _base_of(conversion))
     num_bytes = sum(tensor.nbytes for tensor in contiguous.values())
     return Written([WEIGHTS], num_bytes, dict.fromkeys(contiguous, "adapter"), [])
 
@@ -99,6 +99,8 @@ def how_to_load(conversion: Conversion, title: str) -> str:
     bnb_4bit_compute_dtype="{_name(conversion.dtype)}",
 )
 """
+    if conversion.model.revision is not None:
+        option = f', revision="{conversion.model.revision}"{option}'
     return f"""```python
 from peft import PeftModel
 from transformers import {", ".join(imports)}
@@ -124,6 +126,11 @@ def _todays_names(model: Any) -> dict[str, str]:
 def _saved(conversion: Conversion) -> SavedAdapter:
     assert conversion.source.saved is not None, "require was not asked"
     return conversion.source.saved
+
+
+def _base_of(conversion: Conversion) -> dict[str, str | None]:
+    """PEFT's settings that name the base."""
+    return {"base_model_name_or_path": _base_name(conversion), "revision": conversion.model.revision}
 
 
 def _base_name(conversion: Conversion) -> str:

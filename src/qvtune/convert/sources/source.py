@@ -23,6 +23,7 @@ from qvtune.convert.sources.peft_adapter import peft_adapter
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS, PeftConfig
 from qvtune.errors import UserError
 from qvtune.model.fingerprint import Fingerprint
+from qvtune.model.source import is_hub_id
 from qvtune.storage.safetensors import StoredTensor, read_headers
 
 ReadAdapter = Callable[[Mapping[str, StoredTensor]], Adapter]  # a base's tensors -> what is done to them
@@ -96,7 +97,7 @@ def _open_ours(folder: Path, base: str | None) -> Source:
     state = load_trainer_state(folder)
     model = ModelSection(**state.trajectory["model"])
     if base is not None:
-        model = model.model_copy(update={"name_or_path": base})
+        model = model.model_copy(update={"name_or_path": base, "revision": None})
     is_full = (folder / TRAINED).is_file()
     saved = None
     read: ReadAdapter
@@ -172,13 +173,8 @@ def _foreign(folder: Path, kind: Kind, base: str | None, step: int | None, saved
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{config.path}: names no base (base_model_name_or_path); give it with --base")
-    revision = config.get("revision")
-    if base is None and revision not in (None, "main") and not Path(name).exists():
-        raise UserError(
-            f"{config.path}: was trained on revision {revision!r} of {name}; download that (`hf download {name} "
-            f"--revision {revision}`) and give its folder with --base"
-        )
-    model = ModelSection(name_or_path=name, quantization="none")
+    pinned = base is None and config.get("revision") != "main" and is_hub_id(name)
+    model = ModelSection(name_or_path=name, revision=config.get("revision") if pinned else None, quantization="none")
     return Source(folder, kind, model, None, step, state=None, fingerprint=None, adapter=saved.adapter, saved=saved)
 
 
