@@ -134,13 +134,13 @@ def memory(config: dict[str, Any]) -> dict[str, int]:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation returns, DeepSpeed's collectives included."""
+    """Notes the elements of the largest tensor of numbers that an operation gives, DeepSpeed's collectives included."""
 
     numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
         self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
         return result
 
