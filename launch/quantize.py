@@ -19,6 +19,7 @@ from pathlib import Path
 from qvtune.config.outputs import NF4_SHARD_BYTES
 from qvtune.console import command_parser
 from qvtune.distributed.command import run_alone
+from qvtune.errors import naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
 
@@ -37,7 +38,8 @@ def main() -> int:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    folder = model_folder(options.base, cache_dir())
+    with naming_setting("BASE"):
+        folder = model_folder(options.base, cache_dir())
     from qvtune.model.quantize import quantize  # imports torch and bitsandbytes: seconds
 
     quantize(folder, options.output, double_quant=not options.no_double_quant, max_shard_bytes=options.max_shard_bytes)

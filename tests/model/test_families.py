@@ -200,7 +200,7 @@ def config_folder(path: Path, **values: Any) -> Path:
 )
 def test_refused_families_say_what_to_do(tmp_path: Path, family: str, reason: str) -> None:
     folder = config_folder(tmp_path / family, model_type=family)
-    with pytest.raises(UserError, match=rf"config\.json: model_type is '{family}'.*{reason}.*model\.name_or_path"):
+    with pytest.raises(UserError, match=rf"config\.json: model_type is '{family}'.*{reason}"):
         read_model_config(folder, ModelSection())
 
 

@@ -8,8 +8,9 @@ import torch
 
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
+from qvtune.model.families import FAMILIES
 from qvtune.model.nf4 import NF4Linear
-from qvtune.model.skeleton import build_skeleton, read_model_config
+from qvtune.model.skeleton import build_skeleton, read_model_config, require_forward
 from tests.support.tiny import make_model_folder
 
 
@@ -49,5 +50,30 @@ def test_weights_that_are_quantized_already_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "no_such_family"}'])
 def test_a_config_that_cannot_be_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"(?s)config\.json.*model\.name_or_path"):
+    with pytest.raises(UserError, match=r"config\.json"):
         read_model_config(tmp_path, ModelSection())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_forward_of_every_family_runs_without_memory(tmp_path: Path, family: str) -> None:
+    folder = make_model_folder(tmp_path / family, family)
+    require_forward(read_model_config(folder, ModelSection()), ModelSection())
+
+
+def test_a_config_that_transformers_refuses_is_the_models_error(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    change_config(folder, head_dim=15)
+    with pytest.raises(UserError, match=r"(?s)config\.json: .*even rotary dimension, but got `head_dim`=15"):
+        read_model_config(folder, ModelSection())
+
+
+def test_a_model_that_cannot_be_built_or_run_fails_by_its_name(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    change_config(folder, num_key_value_heads=3)  # of 4 heads
+    with pytest.raises(UserError, match=rf"{folder}/config\.json: transformers cannot run its forward: RuntimeError"):
+        require_forward(read_model_config(folder, ModelSection()), ModelSection())
+    change_config(folder, num_key_value_heads=2, hidden_act="no_such_function")
+    with pytest.raises(
+        UserError, match=r"cannot build the model: KeyError: .no_such_function.\. The model itself fails"
+    ):
+        build_skeleton(read_model_config(folder, ModelSection()), ModelSection(), torch.float32, "sdpa")

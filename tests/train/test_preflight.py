@@ -124,3 +124,45 @@ def test_problems_are_found_without_tokenizing(tmp_path: Path, make_config: Make
     found = find_problems(all_wrong(make_config, tmp_path), world_size=1, on_gpus=False)
     assert [part for part in EXPECTED if not any(part in problem for problem in found)] == []
     assert set(cache_dir().rglob("*")) == before
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_config(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "is a folder without config.json"),
+        (with_config(model_type="gpt2"), "model_type is 'gpt2'; supported"),
+        (with_config(quantization_config={"quant_method": "gptq"}), "quantized by 'gptq'"),
+        (with_config(num_key_value_heads=4), "config.json and the weights do not belong together"),
+        (with_config(head_dim=15), "even rotary dimension"),
+        (with_config(hidden_act="no_such"), "cannot build the model: KeyError: 'no_such'"),
+        (without_weights, "no weights; expected model.safetensors"),
+    ],
+)
+def test_what_is_wrong_with_the_base_names_its_setting(
+    tmp_path: Path, make_config: MakeConfig, damage: Callable[[Path], None], problem: str
+) -> None:
+    folder = make_model_folder(tmp_path / "base")
+    damage(folder)
+    problems = find_problems(make_config(model__name_or_path=str(folder)), 1)
+    assert any(problem in found for found in problems), problems
+    assert all(found.startswith("model.name_or_path: ") for found in problems), problems
+
+
+def test_a_model_whose_forward_fails_is_refused_before_it_is_read(tmp_path: Path, make_config: MakeConfig) -> None:
+    """4 heads and 3 of keys and values: the weights fit the configuration, and attention cannot use them."""
+    folder = make_model_folder(tmp_path / "base", num_key_value_heads=3)
+    (found,) = find_problems(make_config(model__name_or_path=str(folder)), 1)
+    assert found.startswith(f"model.name_or_path: {folder}/config.json: transformers cannot run its forward: Runtime")
+    assert "The model itself fails (llama), without training" in found

@@ -15,7 +15,7 @@ from qvtune.config.schema import ModelSection
 from qvtune.convert.merge.base import MergeBase, open_merge_base
 from qvtune.convert.merge.changes import Adapter
 from qvtune.convert.sources.source import Source
-from qvtune.errors import UserError
+from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
 from qvtune.storage.safetensors import open_weights
@@ -89,7 +89,8 @@ def open_conversion(
 
 def _folder_of(source: Source) -> Path:
     try:
-        return model_folder(source.model.name_or_path, cache_dir(), source.model.revision)
+        with naming_setting("--base"):
+            return model_folder(source.model.name_or_path, cache_dir(), source.model.revision)
     except UserError as error:
         advice = f"{source.path} names that base; where it is now is said with --base"
         raise UserError([*error.problems, advice]) from error
@@ -101,7 +102,8 @@ def _completed(source: Source, folder: Path, base_weights: BaseChoice | None, al
     Compute dtype: that of the base. NF4 where the base is stored so, or where the user says so (``dequantized``; then
     with double quantization, as QLoRA has it).
     """
-    weights = open_weights(folder, allow_pickle, any_dtype=True)
+    with naming_setting("--base"):
+        weights = open_weights(folder, allow_pickle, any_dtype=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     update: dict[str, Any] = {"allow_pickle": allow_pickle}
     if any(".quant_state." in name for name in weights):  # the dtypes of its files are those of the packing

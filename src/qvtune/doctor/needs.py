@@ -11,6 +11,7 @@ from torch import nn
 
 from qvtune.config.deepspeed import find_json
 from qvtune.config.schema import RunConfig
+from qvtune.errors import naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.loader import open_base
 from qvtune.model.nf4 import NF4Linear
@@ -57,7 +58,8 @@ def needs_of(config: RunConfig, folder: Path, world_size: int, dtype: torch.dtyp
     Raises UserError if the base cannot be trained, or does not have the adapted projections.
     """
     zero = _zero_section(config)
-    base = open_base(folder, config.model, dtype, "sdpa", config.adapter)
+    with naming_setting("model.name_or_path"):
+        base = open_base(folder, config.model, dtype, "sdpa", config.adapter)
     frozen = list(base.skeleton.parameters())
     largest = max(_num_weights(base.skeleton)) * dtype.itemsize
     adapted = add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed)

@@ -5,7 +5,7 @@ from qvtune.distributed.allocation import Allocation
 from qvtune.doctor.findings import NOT_COMPARED, RECIPE, Finding
 from qvtune.doctor.needs import Needs, needs_of
 from qvtune.doctor.software import base_fact, data_facts
-from qvtune.errors import UserError
+from qvtune.errors import UserError, naming_setting
 from qvtune.model.attention import choose_dtype
 from qvtune.model.source import cached_model_folder, download_command
 from qvtune.storage.paths import cache_dir
@@ -34,7 +34,8 @@ def check_recipe(allocation: Allocation, run: RunConfig) -> tuple[Needs | None, 
 
 def _check_base(run: RunConfig, world_size: int) -> tuple[Needs | None, list[Finding], dict[str, str]]:
     name = run.model.name_or_path
-    folder = cached_model_folder(name, cache_dir(), run.model.revision)
+    with naming_setting("model.name_or_path"):
+        folder = cached_model_folder(name, cache_dir(), run.model.revision)
     if folder is None:
         return None, [_not_cached(name, run.model.revision)], {"base": NOT_COMPARED}
     dtype, _ = choose_dtype(run.model.dtype)

@@ -112,7 +112,7 @@ def _check_settings(
     if rounded := [name for name in stored if ends_in(name, trained)]:
         raise UserError(
             f"{folder}: {rounded[0]} and {len(rounded) - 1} other matrices that adapter.method: full trains are stored "
-            "in 4 bits, which cannot be trained; give the folder of the original weights (model.name_or_path)"
+            "in 4 bits, which cannot be trained; give the folder of the original weights"
         )
 
 
@@ -136,7 +136,7 @@ def check_tensors(skeleton: nn.Module, weights: TensorSource, stored: Mapping[st
         if not prequantized.belongs(name, stored):
             problems.append(f"{weights.folder}: tensor {name!r} {list(weights[name].shape)} has no place in the model")
     if problems:
-        raise UserError([*problems, "config.json and the weights do not belong together (model.name_or_path)"])
+        raise UserError([*problems, "config.json and the weights do not belong together"])
 
 
 def _expected_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,7 @@ def stored_matrices(weights: TensorFiles) -> dict[str, StoredNF4]:
             module, _, kind = name.partition(_STATE)
             state = json.loads(bytes(weights.read(name).tolist()))
             if problem := _unsupported(kind, state):
-                problems.append(f"{weights.folder}: {module} is stored as {problem} (model.name_or_path)")
+                problems.append(f"{weights.folder}: {module} is stored as {problem}")
             else:
                 rows, columns = state["shape"]
                 found[module] = StoredNF4((rows, columns), "nested_offset" in state, state.get("nested_offset", 0.0))

@@ -14,7 +14,7 @@ import qvtune
 from qvtune.config.outputs import NF4_SHARD_BYTES
 from qvtune.config.schema import ModelSection
 from qvtune.console import console
-from qvtune.errors import UserError
+from qvtune.errors import UserError, naming_setting
 from qvtune.model.companions import copy_companions
 from qvtune.model.fingerprint import MANIFEST, ContentChecksums, Fingerprint, require_unchanged
 from qvtune.model.loader import open_base
@@ -37,7 +37,8 @@ def quantize(source: Path, output: Path, *, double_quant: bool = True, max_shard
     or what is left of an earlier start was made from another source or with other settings.
     """
     require_free(output)
-    base = open_base(source, ModelSection(double_quant=double_quant), torch.float32, attention="sdpa")
+    with naming_setting("BASE"):
+        base = open_base(source, ModelSection(double_quant=double_quant), torch.float32, attention="sdpa")
     if base.stored:
         raise UserError(f"{source}: its matrices are stored in 4 bits already")
     made_from = {

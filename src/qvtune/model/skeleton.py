@@ -1,6 +1,7 @@
 """The skeleton of a base model: the Hugging Face architecture without weights, its matrices marked for NF4."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,23 @@ def read_model_config(folder: Path, model: ModelSection) -> Any:
     Raises UserError when it cannot be read, needs code from the folder, is quantized in a format that is not read
     here, or describes a model that cannot be trained.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json: {error} (model.name_or_path, model.trust_remote_code)") from error
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        trusted = f"model.trust_remote_code: {model.trust_remote_code}"
+        raise UserError(f"{folder}/config.json: {error} ({trusted})") from error
     if problems := obstacles(config):
-        raise UserError([f"{folder}/config.json: {problem} (model.name_or_path)" for problem in problems])
+        raise UserError([f"{folder}/config.json: {problem}" for problem in problems])
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         if not (quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")):
             raise UserError(
                 f"{folder}/config.json: the weights are quantized by {quantization.get('quant_method')!r}; give the "
                 "folder of the original weights, which are quantized while they are read, or one in bitsandbytes' "
-                "4-bit format (model.name_or_path)"
+                "4-bit format"
             )
         del config.quantization_config  # the skeleton is ours
     return config
@@ -54,14 +57,9 @@ def build_skeleton(
     With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
     QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
     A module whose path ends in one of ``trained`` keeps its matrix whole.
-    ``with_pooler`` concerns encoders only.
+    ``with_pooler`` concerns encoders only. Raises UserError where transformers cannot build the model.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    is_encoder = FAMILIES[config.model_type].is_encoder
-    options: dict[str, Any] = {"add_pooling_layer": with_pooler} if is_encoder else {}
-    options |= {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
-    skeleton: nn.Module = without_weights(AutoModel if is_encoder else AutoModelForCausalLM, config, dtype, **options)
+    skeleton = _plain_skeleton(config, model, dtype, attention, with_pooler=with_pooler)
     if model.quantization == "nf4":
         head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
         for name, module in list(skeleton.named_modules()):
@@ -79,6 +77,44 @@ def build_skeleton(
                     ),
                 )
     return skeleton.requires_grad_(False)
+
+
+def _plain_skeleton(
+    config: Any, model: ModelSection, dtype: torch.dtype, attention: str, *, with_pooler: bool = True
+) -> nn.Module:
+    """The transformers model with nothing of ours in it."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    is_encoder = FAMILIES[config.model_type].is_encoder
+    options: dict[str, Any] = {"add_pooling_layer": with_pooler} if is_encoder else {}
+    options |= {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    with _model_errors(config, "build the model"):
+        built: nn.Module = without_weights(AutoModel if is_encoder else AutoModelForCausalLM, config, dtype, **options)
+    return built
+
+
+def require_forward(config: Any, model: ModelSection) -> None:
+    """Run the model's forward once without memory, on the meta device, where shapes are all there is.
+
+    Raises UserError where transformers' own code fails with this configuration, before anything of ours is involved.
+    """
+    skeleton = _plain_skeleton(config, model, torch.float32, "sdpa").to("meta")
+    if not type(skeleton).__module__.startswith("transformers."):
+        return  # code of the model folder may look at values, which the meta device does not have
+    with _model_errors(config, "run its forward"), torch.no_grad():
+        skeleton(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"))
+
+
+@contextmanager
+def _model_errors(config: Any, doing: str) -> Iterator[None]:
+    """Raise what transformers' code for a model raises as a UserError that says so."""
+    try:
+        yield
+    except Exception as error:  # any error of the model's code is one of its configuration
+        raise UserError(
+            f"{config.name_or_path}/config.json: transformers cannot {doing}: {type(error).__name__}: {error}. The "
+            f"model itself fails ({config.model_type}), without training; correct config.json or give another model"
+        ) from error
 
 
 def without_weights(auto_class: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:

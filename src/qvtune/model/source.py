@@ -73,7 +73,6 @@ def _local(name_or_path: str) -> Path:
         raise UserError(
             f"{name_or_path!r} {what}; give the folder of a Hugging Face model (config.json, tokenizer, "
             "*.safetensors), a hub id like `meta-llama/Llama-3.1-8B`, or `demo`",
-            setting="model.name_or_path",
         )
     return folder
 
@@ -91,7 +90,6 @@ def _download(hub_id: str, revision: str | None) -> Path:
             f"{hub_id!r} is no folder here, and the hub cannot deliver it{at} ({_first_line(error)}). On a machine "
             f"with a network run `{download_command(hub_id, revision)}` into the same HF_HOME, or give a folder; a "
             "gated model needs `hf auth login`",
-            setting="model.name_or_path",
         ) from error
 
 

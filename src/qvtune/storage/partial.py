@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvtune.errors import UserError
+from qvtune.errors import UserError, naming_setting
 from qvtune.storage.atomic import atomic_file, publish
 from qvtune.storage.files import write_json
 from qvtune.storage.writer import FilePlans, WrittenFile, checksum_of
 
+_SETTING = "--output"
 _PROGRESS, _LOCK, _MODEL = "progress.json", "lock", "model"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -28,13 +29,14 @@ class DiskFullError(UserError):
     """There is no room; what has been written stays, and the next start goes on."""
 
 
+@naming_setting(_SETTING)
 def require_free(output: Path) -> None:
     """Raise UserError where ``output`` is anything but missing or an empty folder."""
     if output.is_dir():
         if any(output.iterdir()):
-            raise UserError(f"--output: {output} is not empty; give a new folder, or delete this one")
+            raise UserError(f"{output} is not empty; give a new folder, or delete this one")
     elif output.exists() or output.is_symlink():
-        raise UserError(f"--output: {output} is not a folder; give a new folder")
+        raise UserError(f"{output} is not a folder; give a new folder")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class PartialOutput:
         with atomic_file(self.root / _PROGRESS) as private:
             write_json(private, self.progress)
 
+    @naming_setting(_SETTING)
     def require_room(self, files: FilePlans) -> None:
         """Raises DiskFullError where the files that are missing do not fit, before any of them is begun."""
         needed = sum(
@@ -73,7 +76,7 @@ class PartialOutput:
         free = shutil.disk_usage(self.root).free
         if needed > free:
             raise DiskFullError(
-                f"--output: {needed / 1e9:.1f} GB are needed in {self.root.parent}, {free / 1e9:.1f} GB are free; make "
+                f"{needed / 1e9:.1f} GB are needed in {self.root.parent}, {free / 1e9:.1f} GB are free; make "
                 "room and start again, or give a folder elsewhere"
             )
 
@@ -97,7 +100,7 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            raise DiskFullError(_full(root, error)) from error
+            raise DiskFullError(_full(root, error), setting=_SETTING) from error
         except DiskFullError:
             raise
         except UserError:
@@ -106,14 +109,16 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
         shutil.rmtree(root)
 
 
+@naming_setting(_SETTING)
 def _lock(descriptor: int, root: Path) -> None:
     """Held until the process ends, however it ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"--output: another process is writing it, in {root}; wait for it, or end it") from error
+        raise UserError(f"another process is writing it, in {root}; wait for it, or end it") from error
 
 
+@naming_setting(_SETTING)
 def _open(root: Path, identity: str) -> PartialOutput:
     """What an earlier start has left, verified; everything that it had not finished is gone."""
     partial = PartialOutput(root, {"identity": identity, "files": {}})
@@ -122,7 +127,7 @@ def _open(root: Path, identity: str) -> PartialOutput:
         partial = PartialOutput(root, json.loads((root / _PROGRESS).read_text(encoding="utf-8")))
         if partial.progress["identity"] != identity:
             raise UserError(
-                f"--output: {root} holds unfinished work on another checkpoint or base, or with other settings; "
+                f"{root} holds unfinished work on another checkpoint or base, or with other settings; "
                 "repeat that command to finish it, or delete the folder to start anew"
             )
         _require_undamaged(partial)
@@ -144,4 +149,4 @@ def _require_undamaged(partial: PartialOutput) -> None:
 
 
 def _full(root: Path, error: OSError) -> str:
-    return f"--output: {error.strerror} in {root.parent}; make room and repeat the command, which goes on where it was"
+    return f"{error.strerror} in {root.parent}; make room and repeat the command, which goes on where it was"

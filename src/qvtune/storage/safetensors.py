@@ -186,7 +186,7 @@ def _no_weights(folder: Path) -> str:
             "convert the model to safetensors and give that folder, or set model.allow_pickle: true, which opens them "
             "as tensors only"
         )
-    return f"{folder}: no weights; expected {SINGLE} or {INDEX} (model.name_or_path)"
+    return f"{folder}: no weights; expected {SINGLE} or {INDEX}"
 
 
 def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> list[StoredTensor]:

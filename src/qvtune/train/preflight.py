@@ -23,7 +23,7 @@ from qvtune.errors import Problems, UserError, naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import choose_attention, choose_dtype
 from qvtune.model.loader import open_base
-from qvtune.model.skeleton import largest_layer_numel
+from qvtune.model.skeleton import largest_layer_numel, require_forward
 from qvtune.model.source import cached_model_folder, model_folder
 from qvtune.optim.groups import parameter_groups
 from qvtune.storage.paths import cache_dir
@@ -35,6 +35,7 @@ Value = TypeVar("Value")
 Poll = Callable[[], None]
 FindModel = Callable[[str, Path, str | None], Path | None]  # as ``model_folder``
 
+_BASE = "model.name_or_path"
 _FIRST_ROWS = 1000  # read of each data set where rows are not tokenized
 
 
@@ -174,7 +175,8 @@ def _inspect(
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
     resume = checks.run_on_main(lambda: find_resume(config))
-    folder = checks.run_once_per_host(lambda: find_model(config.model.name_or_path, cache_dir(), config.model.revision))
+    find = naming_setting(_BASE)(find_model)
+    folder = checks.run_once_per_host(lambda: find(config.model.name_or_path, cache_dir(), config.model.revision))
     layer_numel = tokenizer = None
     if folder is not None:
         layer_numel = _check_model(folder, config, dtype, checks)
@@ -193,9 +195,11 @@ def _inspect(
 
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: _Checks) -> int | None:
     """Weights against architecture, model against task, groups against projections, on a skeleton without memory."""
-    base = checks.run(lambda: open_base(folder, config.model, dtype, "sdpa", config.adapter))
+    named = naming_setting(_BASE)
+    base = checks.run(lambda: named(open_base)(folder, config.model, dtype, "sdpa", config.adapter))
     if base is None:
         return None
+    checks.run(lambda: named(require_forward)(base.skeleton.config, config.model))
     task = get_task(config.task)
     checks.run(partial(_check_task, task, base.skeleton.config))
     layer_numel = largest_layer_numel(base.skeleton)  # before adapters are in the layers
@@ -211,12 +215,13 @@ def _check_task(task: Task, model_config: Any) -> None:
 
 
 def _load_tokenizer(folder: Path, model: ModelSection) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer that can be loaded ({error}) (model.name_or_path)") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{folder}: no tokenizer that can be loaded ({error})", setting=_BASE) from error
 
 
 def _sources(config: RunConfig) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.distributed import process_group
 from qvtune.distributed.stop import StopRequest
+from qvtune.errors import naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.fingerprint import Fingerprint, require_unchanged
 from qvtune.model.loader import LoadReport, fill, open_base
@@ -68,7 +69,8 @@ def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:
 
 
 def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn.Module, LoadReport, Fingerprint]:
-    base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
+    with naming_setting("model.name_or_path"):
+        base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
     else:

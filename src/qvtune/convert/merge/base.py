@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvtune.config.schema import ModelSection
-from qvtune.errors import UserError
+from qvtune.errors import UserError, naming_setting
 from qvtune.model.fingerprint import ContentChecksums, Fingerprint
 from qvtune.model.shard import Whole
 from qvtune.storage.safetensors import StoredTensor, TensorFiles, open_weights
@@ -72,7 +72,8 @@ def open_merge_base(folder: Path, model: ModelSection, dtype: torch.dtype) -> Me
     Raises UserError for weights that cannot be read so. What is not quantized may be of any architecture.
     """
     if model.quantization == "none":
-        weights = open_weights(folder, model.allow_pickle, any_dtype=True)
+        with naming_setting("--base"):
+            weights = open_weights(folder, model.allow_pickle, any_dtype=True)
         if any(".quant_state." in name for name in weights):
             raise UserError(
                 f"{folder}: the weights are stored in 4 bits, so there are no original ones; leave --base-weights "
@@ -81,5 +82,6 @@ def open_merge_base(folder: Path, model: ModelSection, dtype: torch.dtype) -> Me
         return MergeBase(folder, weights, weights.tensors, {}, None)
     from qvtune.model.loader import open_base
 
-    opened = open_base(folder, model, dtype, attention="sdpa")
+    with naming_setting("--base"):
+        opened = open_base(folder, model, dtype, attention="sdpa")
     return MergeBase(folder, opened.weights, opened.tensors(), opened.quantized(), opened)
