@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+from qvtune.distributed.stop_signals import take_recorded
 from qvtune.errors import StopRequested, UserError
 
 Checked = TypeVar("Checked")
-_HEAD_START_SECONDS = 10.0
+_WAIT_SECONDS, _WAIT_POLLS = 10.0, 100  # of other ranks for the launcher to end them
 
 
 def run_command(check: Callable[[], Checked], command: Callable[[Checked], int]) -> int:
@@ -72,13 +73,16 @@ def _before_imports() -> None:
 def _print_before_start(error: UserError) -> None:
     """Print an error that was found without a process group.
 
-    Other ranks usually find the same error as rank 0. They wait, so that rank 0 prints it first and its exit makes the
-    launcher kill them. A rank that is still alive after that is the only one with an error (a file that its host does
-    not have), so it names itself.
+    Other ranks usually find the same error as rank 0. They wait: rank 0 prints it and exits, at which the launcher
+    sends them SIGTERM. A rank that receives none has an error that rank 0 does not have (a file that is missing on its
+    host), so it prints it and names itself.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(_HEAD_START_SECONDS)
+        for _ in range(_WAIT_POLLS):
+            if take_recorded():
+                return
+            time.sleep(_WAIT_SECONDS / _WAIT_POLLS)
         sys.stderr.write(f"rank {rank} on {socket.gethostname()}:\n")
     _print(error)
 
