@@ -9,7 +9,6 @@ Shape suffixes: N texts of a batch, T positions, D hidden size, V vocabulary ent
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from qvtune.convert.merge.changes import LowRank
+from qvtune.convert.proof.stub import Batch, LayerStub, OtherHiddenStatesError
 from qvtune.convert.proof.views import ModelView, ReadRows, unmerged
 from qvtune.errors import UserError
 from qvtune.model.skeleton import without_weights
@@ -31,46 +31,6 @@ Weights = Mapping[str, torch.Tensor]
 Texts = Sequence[Sequence[int]]
 
 
-@dataclass
-class _Batch:
-    """Texts on their way through one model: hidden states, and the other arguments of each layer's call."""
-
-    embeddings_NTD: torch.Tensor
-    hidden_NTD: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    finished: bool = False
-
-
-class _LayerStub(nn.Module):
-    """Replaces a layer: records its calls, or returns the output of the last layer. Its attributes are the layer's."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = [layer]  # in a list: not a submodule
-        self.batch: _Batch | None = None
-        self.returns_tuple = False
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._layer[0], name)
-
-    def forward(self, hidden_NTD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Hidden states, in a tuple where the layer returns one."""
-        assert self.batch is not None
-        if not self.batch.finished:
-            if self.batch.arguments and hidden_NTD is not self.batch.hidden_NTD:
-                raise _OtherHiddenStates
-            self.batch.hidden_NTD = hidden_NTD
-            self.batch.arguments.append((args, kwargs))
-        return (self.batch.hidden_NTD,) if self.returns_tuple else self.batch.hidden_NTD
-
-
-class _OtherHiddenStates(Exception):
-    """A layer is called with something else than what the stub before it has returned."""
-
-
 class LayeredModel:
     """An architecture without weights, which runs with those of each ``ModelView``.
 
@@ -83,7 +43,7 @@ class LayeredModel:
         names = {id(parameter): name for name, parameter in skeleton.named_parameters()}  # tied ones: the first
         path, modules = _find_layers(skeleton)
         self._layers = {f"{path}.{index}": layer for index, layer in enumerate(modules)}
-        self._stubs = [_LayerStub(layer) for layer in modules]
+        self._stubs = [LayerStub(layer) for layer in modules]
         for index, stub in enumerate(self._stubs):
             modules[index] = stub
         self._embedding: nn.Embedding = skeleton.get_input_embeddings()
@@ -134,7 +94,7 @@ class LayeredModel:
         """
         outside = [{name: view.rows(self._stored(name, view)) for name in self._outside} for view in views]
         plan = self._plan(len(views), texts, subsets or {})
-        batches: list[list[_Batch | None]] = []  # of each view, as planned
+        batches: list[list[Batch | None]] = []  # of each view, as planned
         for index, (view, weights) in enumerate(zip(views, outside, strict=True)):
             self._set_weights(weights, self._rows_of_head(view, 0, 1))  # these logits are not used: as few as possible
             batches.append([self._enter(view, texts, batch) if index in on else None for on, batch in plan])
@@ -164,16 +124,16 @@ class LayeredModel:
                 plan.append((views_of[text], [text]))
         return plan
 
-    def _enter(self, view: ModelView, texts: Texts, indices: Sequence[int]) -> _Batch:
+    def _enter(self, view: ModelView, texts: Texts, indices: Sequence[int]) -> Batch:
         """Everything that forward does before the layers."""
         embeddings = self._embed(view, [texts[index] for index in indices])
         for returns_tuple in (False, True):
-            batch = _Batch(embeddings, embeddings)
+            batch = Batch(embeddings, embeddings)
             for stub in self._stubs:
                 stub.returns_tuple |= returns_tuple
             try:
                 self._forward(batch)
-            except _OtherHiddenStates:
+            except OtherHiddenStatesError:
                 continue
             batch.finished = True
             if len(batch.arguments) != len(self._stubs):
@@ -193,7 +153,7 @@ class LayeredModel:
         embeddings: torch.Tensor = self._embedding(torch.searchsorted(ids, padded))
         return embeddings
 
-    def _run_layer(self, number: int, views: Sequence[ModelView], batches: Sequence[Sequence[_Batch | None]]) -> None:
+    def _run_layer(self, number: int, views: Sequence[ModelView], batches: Sequence[Sequence[Batch | None]]) -> None:
         """Take all batches of all views through one layer; of views with the same ``read``, one after the other."""
         by_read: dict[ReadRows, list[int]] = {}
         for index, view in enumerate(views):
@@ -206,7 +166,7 @@ class LayeredModel:
                     for batch in filter(None, batches[index]):
                         self._step(layer, number, batch)
 
-    def _step(self, layer: nn.Module, number: int, batch: _Batch) -> None:
+    def _step(self, layer: nn.Module, number: int, batch: Batch) -> None:
         args, kwargs = batch.arguments[number]
         batch.arguments[number] = ((), {})  # not needed any more
         output = layer(batch.hidden_NTD, *args, **kwargs)
@@ -252,14 +212,14 @@ class LayeredModel:
     def _rows_of_head(self, view: ModelView, first: int, last: int) -> Weights:
         return {kind: view.rows(self._stored(name, view), first, last) for kind, name in self._head_names.items()}
 
-    def _leave(self, outside: Weights, head: Weights, batch: _Batch | None) -> torch.Tensor:
+    def _leave(self, outside: Weights, head: Weights, batch: Batch | None) -> torch.Tensor:
         """Everything that forward does after the layers: logits [N, ...]."""
         assert batch is not None, "planned"
         self._set_weights(outside, head)
         logits: torch.Tensor = self._forward(batch).logits
         return logits
 
-    def _forward(self, batch: _Batch) -> Any:
+    def _forward(self, batch: Batch) -> Any:
         for stub in self._stubs:
             stub.batch = batch
         return self._model(inputs_embeds=batch.embeddings_NTD, use_cache=False)
