@@ -5,8 +5,8 @@ import pytest
 from tests.support.lab import Lab, make_lab
 from tests.support.tiny import make_model_folder
 
-NUM_RANKS = 8
-NUM_LAYERS = 16
+NUM_RANKS = 4
+NUM_LAYERS = 12
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_no_copy_of_the_base_survives(wide_lab: Lab, checkpointing: bool) -> Non
             name,
             model__name_or_path=str(wide_lab.folder / "wide"),
             train__max_steps=2,
-            train__global_batch_size=8,
+            train__global_batch_size=NUM_RANKS,
             train__activation_checkpointing=checkpointing,
         )
         jobs = [{"name": "memory", "do": "memory", "config": config}]

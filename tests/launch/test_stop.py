@@ -87,20 +87,41 @@ def test_a_request_leaves_a_complete_checkpoint(lab: Lab, name: str) -> None:
     assert_clean(lab, name)
 
 
+# Holds a process at its import of torch until a file exists. Python imports this module before any other.
+HOLD_AT_TORCH = """
+import os, sys, time
+
+class Hold:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            open(os.environ["TEST_HELD"], "w").close()
+            while not os.path.exists(os.environ["TEST_RELEASED"]):
+                time.sleep(0.05)
+
+sys.meta_path.insert(0, Hold())
+"""
+
+
 def test_a_request_during_the_imports_is_remembered(lab: Lab) -> None:
     """Exit code and message are those of a request before the first step, and the run folder is untouched."""
+    site = lab.folder / "hold"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(HOLD_AT_TORCH)
+    released = lab.folder / "released"
     with ExitStack() as stack:
         processes = {}
         for number in SIGNALS:
             output = lab.folder / "output" / f"early-{number.name}"
             command = [sys.executable, TRAIN, "--config", lab.folder / "recipe.yaml"]
             command.append(f"run_dir={lab.run_dir(output.name)}")
-            processes[output] = (number, stack.enter_context(started(command, output, **lab.environment)))
-        for number, process in processes.values():
-            # all handlers are installed at once; of SIGINT Python has one of its own
-            wait_until(lambda pid=process.pid: has_handler(pid, signal.SIGUSR1), seconds=60)  # type: ignore[misc]
-            assert not imports_torch(process.pid), "the handler is there first"
+            hold = {"PYTHONPATH": str(site), "TEST_HELD": f"{output}.held", "TEST_RELEASED": str(released)}
+            processes[output] = (number, stack.enter_context(started(command, output, **lab.environment, **hold)))
+        for output, (number, process) in processes.items():
+            wait_until(lambda held=Path(f"{output}.held"): held.exists(), seconds=60)  # type: ignore[misc]
+            assert all(has_handler(process.pid, each) for each in SIGNALS)
             process.send_signal(number)
+        released.touch()
         for output, (number, process) in processes.items():
             assert process.wait(timeout=120) == StopRequested.exit_code, (output / "stderr.txt").read_text()
             message = f"stopped on request ({number.name}) before the first step; there was nothing to save"
@@ -113,10 +134,6 @@ def has_handler(pid: int, number: int) -> bool:
     """Whether a process has installed a handler for a signal: in the mask SigCgt of /proc."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
-
-
-def imports_torch(pid: int) -> bool:
-    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_the_second_request_ends_a_rank_at_once_and_damages_nothing(lab: Lab) -> None:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from qvtune.model.nf4 import Layout, NF4Linear, quantize_shard
+from qvtune.model.nf4 import Layout, NF4Linear, dequantize_range, quantize_shard
 from qvtune.model.shard import Shard
 from tests.model.one_of_many import Alone
 
@@ -110,7 +113,8 @@ def test_a_rank_reads_its_share_and_at_most_two_blocks_more(shape: tuple[int, in
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_other_stored_precisions(dtype: torch.dtype) -> None:
+def test_other_stored_precisions_in_several_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvtune.model.nf4._CHUNK", 4 * 64)
     matrix, layout = random_matrix((33, 65), dtype), Layout((33, 65), False, torch.float32)
     codes, state = bnb.quantize_4bit(matrix, blocksize=64, quant_type="nf4")
     joined = joined_bytes(quantize_on_all_ranks(matrix, layout, 2), layout)
@@ -127,6 +131,34 @@ def test_the_offset_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(num_threads)  # put back by the fixture of all tests
         offsets.append(quantize_on_all_ranks(matrix, layout, num_ranks=1)[0][1])
     assert torch.equal(*offsets)
+
+
+class QuantizationDevices(TorchDispatchMode):
+    """Notes the devices of all tensors that reach a kernel of bitsandbytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "bitsandbytes":
+            self.seen |= {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_device_computes_no_codes(double_quant: bool) -> None:
+    """The meta device stands for a GPU, whose kernels would give other bytes."""
+    matrix, layout = random_matrix((301, 203)), Layout((301, 203), double_quant, torch.float32)
+    ((expected, expected_offset),) = quantize_on_all_ranks(matrix, layout, num_ranks=1)
+    with QuantizationDevices() as devices:
+        placement = Alone(Shard(), torch.device("meta"))
+        pieces, offset = quantize_shard(lambda start, end: matrix.flatten()[start:end], layout, placement)
+    assert devices.seen == ({"cpu"} if double_quant else set())
+    assert torch.equal(offset, expected_offset)
+    assert {name: piece.numpy().tobytes() for name, piece in pieces.items()} == {
+        name: piece.numpy().tobytes() for name, piece in expected.items()
+    }
 
 
 def quantized_linear(weight: torch.Tensor, bias: torch.Tensor | None, double_quant: bool) -> NF4Linear:
@@ -181,6 +213,21 @@ def test_dequantized_is_what_bitsandbytes_dequantizes() -> None:
     weight = random_matrix((301, 204), torch.float32)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     assert torch.equal(quantized_linear(weight, None, True).dequantize(), bnb.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_range_is_a_cut_of_the_whole(double_quant: bool, dtype: torch.dtype) -> None:
+    """Within, at and across the borders of nested blocks (16,384 weights), of which the matrix has four."""
+    weight = random_matrix((301, 204), dtype)
+    layout, total = Layout((301, 204), double_quant, dtype), weight.numel()
+    ((pieces, offset),) = quantize_on_all_ranks(weight, layout, num_ranks=1)
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+    whole = bnb.dequantize_4bit(codes, state).flatten()
+    unit = 64 * 256
+    ranges = ((0, total), (5, 17), (unit - 1, unit + 1), (unit, 2 * unit), (unit + 64, 3 * unit + 1), (total - 3, total))
+    for start, end in ranges:
+        assert torch.equal(dequantize_range(pieces, offset, layout, start, end), whole[start:end]), (start, end)
 
 
 def test_autograd_keeps_no_tensor() -> None:

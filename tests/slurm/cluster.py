@@ -223,8 +223,11 @@ class Cluster:
         self._network("link", "set", host, "up")
 
     def kill_slurmd(self, host: str) -> None:
-        """The daemon alone: steps live on."""
-        self.kill(host, "KILL", int((self.folder / host / "slurmd.pid").read_text()))
+        """The daemon alone, until it has ended: steps live on."""
+        pid = int((self.folder / host / "slurmd.pid").read_text())
+        self.kill(host, "KILL", pid)
+        ended = ("test", "!", "-d", f"/proc/{pid}")  # another one could not open its port before
+        wait_until(lambda: self.run(host, *ended, check=False).returncode == 0, f"end of slurmd on {host}", timeout=60)
 
     def start_slurmd(self, host: str) -> None:
         """After ``kill_slurmd``, or on a booted host."""

@@ -14,14 +14,13 @@ from tests.support.forks import fork_ranks
 from tests.support.lab import Lab, make_lab
 from tests.support.processes import REPOSITORY
 
-MAX_STEPS = 20  # some seconds: a fault that waits for step 4 finds the run at work
-SAVE_EVERY = 8
-COLLECTIVE_TIMEOUT_SECONDS = 15
+MAX_STEPS = 24  # some seconds: a fault that waits for step 7 finds the run at work
+SAVE_EVERY = 6
 CLUSTER_ENV = """
 export PATH={bin}:$PATH
 export QVTUNE_CACHE={cache}
 export QVTUNE_PROCS_PER_NODE=${{QVTUNE_PROCS_PER_NODE:-1}}
-export QVTUNE_TIMEOUT_SECONDS={timeout}
+export QVTUNE_TIMEOUT_SECONDS=${{QVTUNE_TIMEOUT_SECONDS:-120}}
 export GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 """
 
@@ -87,13 +86,11 @@ def make_site(cluster: Cluster, folder: Path) -> Site:
     lab = make_lab(folder)
     site = Site(cluster, lab)
     changes: dict[str, Any] = {"train__max_steps": MAX_STEPS, "train__save_every": SAVE_EVERY}
-    changes |= {"train__global_batch_size": 12, "data__eval": str(folder / "eval.jsonl")}  # 12: for 1, 2 and 4 ranks
+    changes |= {"train__global_batch_size": 4, "data__eval": str(folder / "eval.jsonl")}  # 4: for 1, 2 and 4 ranks
     (folder / "recipe.yaml").write_text(yaml.safe_dump(lab.config("recipe", **changes)))
     for name in ("launch", "src", "ds_configs", "slurm"):
         shutil.copytree(REPOSITORY / name, site.home / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (site.home / "slurm" / "cluster.env").write_text(
-        CLUSTER_ENV.format(
-            bin=Path(sys.executable).parent, cache=lab.folder / "cache", timeout=COLLECTIVE_TIMEOUT_SECONDS
-        )
+        CLUSTER_ENV.format(bin=Path(sys.executable).parent, cache=lab.folder / "cache")
     )
     return site

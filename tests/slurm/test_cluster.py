@@ -52,6 +52,8 @@ def test_a_daemon_can_be_killed_alone(cluster: Cluster) -> None:
     host = HOSTS[-1]
     assert cluster.pids(host, "slurmd")
     cluster.kill_slurmd(host)
-    assert not cluster.pids(host, "slurmd") and answers(cluster, host)
-    cluster.start_slurmd(host)
+    try:
+        assert not cluster.pids(host, "slurmd") and answers(cluster, host)
+    finally:
+        cluster.start_slurmd(host)
     cluster.wait_idle(host)

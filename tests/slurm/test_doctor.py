@@ -82,7 +82,7 @@ def mounted(cluster: Cluster, host: str, *what: str | Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def healthy(cluster: Cluster, lab: Lab) -> Diagnosis:
-    return examine(cluster, lab)
+    return examine(cluster, lab, nodes=3)
 
 
 VERSION, NO_NAME, LATE_CLOCK, NOT_SHARED, FEWER_GPUS = OTHERS
@@ -104,7 +104,7 @@ def sick(cluster: Cluster, lab: Lab) -> Diagnosis:
         return examine(cluster, lab, TEST_LATE_CLOCK=LATE_CLOCK, TEST_FEWER_GPUS=FEWER_GPUS)
 
 
-CLOSED_PORT, FULL_DISK, SILENT, *_ = OTHERS
+CLOSED_PORT, FULL_DISK, SILENT = OTHERS[:3]
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +114,7 @@ def sicker(cluster: Cluster, lab: Lab) -> Diagnosis:
     cluster.run(CLOSED_PORT, "ip", "rule", "add", *rule)
     with mounted(cluster, FULL_DISK, "-t", "tmpfs", "-o", "size=1m", "tmpfs", lab.run_dir("run")):
         cluster.run(FULL_DISK, "dd", "if=/dev/zero", f"of={lab.run_dir('run')}/old", "bs=1k", "count=1016")
-        diagnosis = examine(cluster, lab, TEST_SILENT=SILENT)
+        diagnosis = examine(cluster, lab, nodes=4, TEST_SILENT=SILENT)
     cluster.run(CLOSED_PORT, "ip", "rule", "del", *rule)
     return diagnosis
 

@@ -15,7 +15,7 @@ RANK = r"[p]ython -u \S*launch/train\.py --config"  # in brackets: not the comma
 
 
 @pytest.fixture
-def job_at_step_9(site: Site, request: pytest.FixtureRequest) -> tuple[str, Job]:
+def job_at_step_7(site: Site, request: pytest.FixtureRequest) -> tuple[str, Job]:
     """Name of the test's run, with a checkpoint behind it, and its job."""
     name = re.sub(r"\W+", "-", request.node.name)
     job = site.train(name, options=("--partition=all",))
@@ -29,8 +29,8 @@ def _healthy_afterwards(site: Site) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("index", [1, 0], ids=["peer", "batch_host_with_rank_0"])
-def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_9: tuple[str, Job], index: int) -> None:
-    name, job = job_at_step_9
+def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_7: tuple[str, Job], index: int) -> None:
+    name, job = job_at_step_7
     crashed = job.hosts[index]
     site.cluster.crash(crashed)
     done = site.cluster.wait(job.id, timeout=400)
@@ -44,7 +44,7 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site) -> N
     """The collective's timeout is the only one that notices: Slurm's own is far away."""
     name = "cut"
     with site.cluster.slurmd_timeout(3600):  # changed while there is no job: Slurm 22.05 would lose track of its GPUs
-        job = site.train(name)
+        job = site.train(name, QVTUNE_TIMEOUT_SECONDS="30")
         lost = site.wait_for_step(job, name, SAVE_EVERY + 1).hosts[1]
         site.cluster.cut(lost)
         named = f"lost host: {lost}; it does not answer"
@@ -55,8 +55,8 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site) -> N
     assert site.losses(name) == site.reference(2)
 
 
-def test_a_killed_rank_ends_the_job(site: Site, job_at_step_9: tuple[str, Job]) -> None:
-    name, job = job_at_step_9
+def test_a_killed_rank_ends_the_job(site: Site, job_at_step_7: tuple[str, Job]) -> None:
+    name, job = job_at_step_7
     host = job.hosts[1]
     *_, rank = site.cluster.pids(host, RANK)
     site.cluster.kill(host, "KILL", rank)

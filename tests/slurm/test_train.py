@@ -40,7 +40,7 @@ def test_four_hosts_train_what_local_processes_train(site: Site) -> None:
 
 def test_a_job_that_is_asked_to_stop_goes_on_exactly(site: Site) -> None:
     """What Slurm does before the time limit."""
-    job = site.train("usr1")
+    job = site.train("usr1", "train.save_every=0")
     site.wait_for_step(job, "usr1", 3)
     site.cluster.scancel("--batch", "--signal=USR1", job)
     site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
@@ -79,16 +79,16 @@ def test_a_preempted_job_goes_on_exactly(site: Site) -> None:
 
 
 def test_a_requeued_job_goes_on_exactly(site: Site) -> None:
-    job = site.train("requeued")
+    job = site.train("requeued", nodes=1)
     site.wait_for_step(job, "requeued", 3)
     site.cluster.run(LOGIN, "scontrol", "requeue", job)
     done = site.cluster.wait(job, timeout=400)
     restarted(done, times=1)
-    assert site.losses("requeued") == site.reference(2)
+    assert site.losses("requeued") == site.reference(1)
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
-    job = site.train("cancelled")
+    job = site.train("cancelled", nodes=1)
     site.wait_for_step(job, "cancelled", 1)
     site.cluster.scancel(job)
     done = site.cluster.wait(job, timeout=120)
@@ -96,7 +96,7 @@ def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
 
 
 def test_a_job_that_is_preempted_again_and_again_stops_at_the_cap(site: Site) -> None:
-    job = site.train("capped", options=("--partition=low",), QVTUNE_MAX_RESTARTS="0")
+    job = site.train("capped", nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="0")
     site.wait_for_step(job, "capped", 1)
     options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.sbatch(*options, "--wrap=true", cwd=site.home)

@@ -36,6 +36,8 @@ def start() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
+    # Of its optional operators the first start would compile one for tensor-parallel inference, which takes a minute.
+    deepspeed.ops.__compatible_ops__ = {}
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)

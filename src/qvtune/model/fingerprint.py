@@ -60,9 +60,8 @@ class ContentChecksums:
         own = torch.tensor(
             [[*divmod(self.sums.get(name, 0), _HALF), name in self._not_finite] for name in names],
             dtype=torch.int64,
-            device=placement.device,
         )
-        parts = torch.stack(placement.all_gather(own.flatten())).view(-1, len(names), 3).cpu()
+        parts = torch.stack(placement.all_gather(own.flatten())).view(-1, len(names), 3)
         flags = parts[:, :, 2].sum(0).tolist()
         _require_finite(self.weights, [name for name, flag in zip(names, flags, strict=True) if flag])
         sums = [

@@ -18,13 +18,13 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
+from qvtune.model.quantizer import BLOCK, quantize_nf4
 from qvtune.model.shard import Placement, Shard
 from qvtune.system import one_thread
 
-BLOCK = 64  # weights that share an absmax
 NESTED_BLOCK = 256  # absmax values that share a scale
 BLOCK_BYTES = BLOCK // 2
-_CHUNK = 2**20  # weights quantized at a time; whole matrices leave the cache and take a quarter longer on a CPU
+_CHUNK = 2**20  # weights read at a time
 
 ReadFlat = Callable[[int, int], torch.Tensor]  # [start, end) of the flattened matrix -> 1-D tensor, any float dtype
 
@@ -76,20 +76,19 @@ def quantize_shard(
     """This rank's part of a quantized matrix, bit-equal to cutting ``bitsandbytes.quantize_4bit`` of the whole.
 
     Reads only the blocks of 64 weights that the rank's codes lie in. The absmax of all blocks is gathered once
-    (1/16 byte a weight, freed at once), because its mean enters the double quantization.
+    (1/16 byte a weight, freed at once), because its mean enters the double quantization. All is computed on the CPU,
+    whatever the placement's device: bitsandbytes' CUDA kernels give other bytes (``qvtune.model.quantizer``).
 
-    Returns the pieces (1-D, dtype ``layout.storage``, padded with zeros to the shard's size) and the fp32 ``offset``.
+    Returns the pieces (1-D, dtype ``layout.storage``, padded with zeros to the shard's size) and the fp32 ``offset``,
+    all in host memory.
     """
-    shard, device = placement.shard, placement.device
+    shard = placement.shard
     start, end = layout.byte_span("weight", shard)
     first_block, last_block = start // BLOCK_BYTES, math.ceil(end / BLOCK_BYTES)
-    if start < end:
-        codes, absmax = _quantize(read, first_block * BLOCK, min(last_block * BLOCK, layout.num_weights), device)
-    else:  # more ranks than this matrix has elements
-        codes, absmax = torch.empty(0, dtype=torch.uint8), torch.empty(0, device=device)
+    codes, absmax = _quantize(read, first_block * BLOCK, min(last_block * BLOCK, layout.num_weights))
     absmax = _gather_absmax(absmax[_owned(start) - first_block :], layout, placement)
 
-    offset = torch.zeros((), device=device)
+    offset = torch.zeros(())
     contents = {"weight": codes[start - first_block * BLOCK_BYTES : end - first_block * BLOCK_BYTES]}
     if layout.double_quant:
         # A sum's last bit depends on how many threads share it; the same base must have the same bits everywhere.
@@ -107,13 +106,11 @@ def quantize_shard(
     return {name: as_storage(piece, layout.storage, numel[name]) for name, piece in contents.items()}, offset
 
 
-def _quantize(read: ReadFlat, start: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(read: ReadFlat, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and fp32 absmax of ``[start, end)``, of which only ``_CHUNK`` weights are in memory at a time."""
-    parts = []
+    parts = [quantize_nf4(torch.empty(0))]  # with more ranks than the matrix has elements there is nothing else
     for first in range(start, end, _CHUNK):
-        weights = read(first, min(first + _CHUNK, end)).to(device).float()
-        packed, state = bnb.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
-        parts.append((packed.view(-1), state.absmax))
+        parts.append(quantize_nf4(read(first, min(first + _CHUNK, end)), torch.get_num_threads()))
     codes, absmax = zip(*parts, strict=True)
     return torch.cat(codes), torch.cat(absmax)
 

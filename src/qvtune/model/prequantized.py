@@ -14,7 +14,8 @@ from bitsandbytes import functional as bnb
 
 from qvtune.errors import UserError
 from qvtune.model.fingerprint import ContentChecksums
-from qvtune.model.nf4 import BLOCK, NESTED_BLOCK, Layout, as_storage
+from qvtune.model.nf4 import NESTED_BLOCK, Layout, as_storage
+from qvtune.model.quantizer import BLOCK
 from qvtune.model.shard import Shard
 from qvtune.storage.safetensors import TensorFiles
 

@@ -18,7 +18,8 @@ from qvtune.errors import UserError, naming_setting
 from qvtune.model.companions import copy_companions
 from qvtune.model.fingerprint import MANIFEST, ContentChecksums, Fingerprint, require_unchanged
 from qvtune.model.loader import open_base
-from qvtune.model.nf4 import BLOCK, NESTED_BLOCK, Layout, quantize_shard
+from qvtune.model.nf4 import NESTED_BLOCK, Layout, quantize_shard
+from qvtune.model.quantizer import BLOCK
 from qvtune.model.shard import Whole
 from qvtune.storage.atomic import atomic_file
 from qvtune.storage.files import sha256, write_json

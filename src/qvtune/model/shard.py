@@ -44,7 +44,7 @@ class Placement(Protocol):
         ...
 
     def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all ranks that hold a part, in rank order; equal shapes. Collective."""
+        """The tensors of all ranks that hold a part, in rank order; equal shapes, in host memory. Collective."""
         ...
 
 
@@ -103,7 +103,7 @@ class ZeroPartition:
 
     def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         """As ``Placement``."""
-        return process_group.all_gather_tensor(own)
+        return [part.cpu() for part in process_group.all_gather_tensor(own.to(self.device))]
 
 
 def resident_bytes(parameter: nn.Parameter) -> int:

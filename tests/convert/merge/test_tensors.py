@@ -138,7 +138,10 @@ def test_rows_of_a_view_are_rows_of_the_whole(
     assert change.is_row_wise == by_rows
     if by_rows:
         end = ROWS if last is None else last
-        torch.testing.assert_close(change.rows(first, end).apply(before[first:end]), expected[first:end])
+        rows = change.rows(first, end)
+        torch.testing.assert_close(rows.apply(before[first:end]), expected[first:end])
+        inner = rows.rows(1, end - first)
+        torch.testing.assert_close(inner.apply(before[first + 1 : end]), expected[first + 1 : end])
 
 
 def test_changes_of_rows_that_no_token_is_in_leave_them(base: MergeBase) -> None:
