@@ -1,4 +1,4 @@
-# Everything a person types: `make help`. Needs Python 3.11+, gcc/g++, git and make; everything else goes into .venv.
+# Everything a person types: `make help`. Needs Python 3.11+, git and make; everything else goes into .venv.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready-$(TORCH_BACKEND)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# DeepSpeed looks for `ninja` and the launcher for `python` on PATH.
+# DeepSpeed's launcher looks for `python` on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## this list
