@@ -6,7 +6,7 @@ from tests.support.lab import Lab, make_lab
 from tests.support.tiny import make_model_folder
 
 NUM_RANKS = 4
-NUM_LAYERS = 12
+NUM_LAYERS = 8
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,14 @@ def test_a_range_is_a_cut_of_the_whole(double_quant: bool, dtype: torch.dtype) -
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
     whole = bnb.dequantize_4bit(codes, state).flatten()
     unit = 64 * 256
-    ranges = ((0, total), (5, 17), (unit - 1, unit + 1), (unit, 2 * unit), (unit + 64, 3 * unit + 1), (total - 3, total))
+    ranges = (
+        (0, total),
+        (5, 17),
+        (unit - 1, unit + 1),
+        (unit, 2 * unit),
+        (unit + 64, 3 * unit + 1),
+        (total - 3, total),
+    )
     for start, end in ranges:
         assert torch.equal(dequantize_range(pieces, offset, layout, start, end), whole[start:end]), (start, end)
 

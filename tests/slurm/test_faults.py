@@ -1,6 +1,5 @@
 """slurm/train.sbatch: hosts, networks, daemons and ranks that die."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -14,29 +13,30 @@ pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its 
 RANK = r"[p]ython -u \S*launch/train\.py --config"  # in brackets: not the command line that holds this pattern
 
 
-@pytest.fixture
-def job_at_step_7(site: Site, request: pytest.FixtureRequest) -> tuple[str, Job]:
-    """Name of the test's run, with a checkpoint behind it, and its job."""
-    name = re.sub(r"\W+", "-", request.node.name)
-    job = site.train(name, options=("--partition=all",))
-    return name, site.wait_for_step(job, name, SAVE_EVERY + 1)
-
-
 @pytest.fixture(autouse=True)
 def _healthy_afterwards(site: Site) -> Iterator[None]:
     yield
     site.cluster.wait_idle(*HOSTS, timeout=120)
 
 
-@pytest.mark.parametrize("index", [1, 0], ids=["peer", "batch_host_with_rank_0"])
-def test_a_job_whose_host_crashes_finishes_on_another(site: Site, job_at_step_7: tuple[str, Job], index: int) -> None:
-    name, job = job_at_step_7
-    crashed = job.hosts[index]
-    site.cluster.crash(crashed)
+def train_until_saved(site: Site, name: str) -> Job:
+    """A job on two of all hosts, at a step with a checkpoint behind it."""
+    return site.wait_for_step(site.train(name, options=("--partition=all",)), name, SAVE_EVERY + 1)
+
+
+def test_a_job_whose_hosts_crash_finishes_on_others(site: Site) -> None:
+    """First the host of rank 1, then, one checkpoint later, the one with the batch script and rank 0."""
+    name = "crashed"
+    job = train_until_saved(site, name)
+    site.cluster.crash(peer := job.hosts[1])
+    job = site.wait_for_step(job.id, name, 2 * SAVE_EVERY + 1)
+    assert job.restarts == 1 and peer not in job.hosts, job.story
+    site.cluster.crash(batch_host := job.hosts[0])
     done = site.cluster.wait(job.id, timeout=400)
-    site.cluster.boot(crashed)
-    restarted(done, times=1)
-    assert crashed not in done.hosts
+    for host in (peer, batch_host):
+        site.cluster.boot(host)
+    restarted(done, times=2)
+    assert not {peer, batch_host} & set(done.hosts)
     assert site.losses(name) == site.reference(2)
 
 
@@ -55,8 +55,9 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site) -> N
     assert site.losses(name) == site.reference(2)
 
 
-def test_a_killed_rank_ends_the_job(site: Site, job_at_step_7: tuple[str, Job]) -> None:
-    name, job = job_at_step_7
+def test_a_killed_rank_ends_the_job(site: Site) -> None:
+    name = "killed"
+    job = train_until_saved(site, name)
     host = job.hosts[1]
     *_, rank = site.cluster.pids(host, RANK)
     site.cluster.kill(host, "KILL", rank)
