@@ -46,12 +46,13 @@ def _quantize_chunk(chunk: torch.Tensor) -> tuple[Codes, Floats]:
     blocks = weights[:full].reshape(-1, BLOCK)
     absmax = np.abs(blocks).max(axis=1, initial=0)
     scaled = np.empty(len(weights) + len(weights) % 2, np.float32)  # two codes per byte
-    np.multiply(blocks, (1 / np.maximum(absmax, _SMALLEST_ABSMAX))[:, None], out=scaled[:full].reshape(-1, BLOCK))
-    if full < len(weights):  # bitsandbytes divides here, which rounds otherwise, and stores the bounded absmax
-        last = np.maximum(np.abs(weights[full:]).max(), _SMALLEST_ABSMAX)
-        absmax = np.append(absmax, last)
-        scaled[full : len(weights)] = weights[full:] / last
-        scaled[len(weights) :] = 0
+    with np.errstate(invalid="ignore"):  # infinite values are reported by whoever reads them
+        np.multiply(blocks, (1 / np.maximum(absmax, _SMALLEST_ABSMAX))[:, None], out=scaled[:full].reshape(-1, BLOCK))
+        if full < len(weights):  # bitsandbytes divides here, which rounds otherwise, and stores the bounded absmax
+            last = np.maximum(np.abs(weights[full:]).max(), _SMALLEST_ABSMAX)
+            absmax = np.append(absmax, last)
+            scaled[full : len(weights)] = weights[full:] / last
+            scaled[len(weights) :] = 0
     return _pack(np.clip(scaled, -1, 1, out=scaled)), absmax
 
 
