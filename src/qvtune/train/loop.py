@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,6 @@ def train(config: RunConfig) -> int:
     run = prepare(config, stop)
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
     settings, rows, world_size = config.train, run.plan.rows, process_group.world_size()
-    accumulation = engine.gradient_accumulation_steps()
     last_step = min(max_steps, settings.stop_after_step or max_steps)
     saved_step = state.step if run.resume else None
     run_started, reason = time.monotonic(), "stopped"
@@ -58,34 +58,15 @@ def train(config: RunConfig) -> int:
 
             while state.step < last_step:
                 started = time.monotonic()
-                lr = {}
-                for group in engine.optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * multiplier(state.step, max_steps, config.schedule)
-                    lr[group["name"]] = group["lr"]
+                lr = _set_learning_rates(engine, state.step, max_steps, config)
                 row_ids = rows_of_step(state.step, settings.global_batch_size, len(rows), settings.seed)
                 tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
-                # Dropout depends on the step and the rank alone, so a resumed run draws the same masks.
-                torch.manual_seed((settings.seed * 1_000_003 + state.step) * 65_537 + process_group.rank())
-
-                loss_sum = 0.0
-                for micro_step, batch in enumerate(_micro_batches(run, config, state.step), start=1):
-                    stop.poll()
-                    summed = engine(batch)
-                    # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
-                    engine.backward(summed * (accumulation * world_size / label_tokens))
-                    loss_sum += summed.item()
-                    if micro_step == accumulation:
-                        (loss_sum,) = process_group.sum_over_ranks(loss_sum)
-                        _require_finite("loss", loss_sum, state.step + 1)
-                    engine.step()
-                # In bfloat16 DeepSpeed skips a step whose gradients are not finite, and only this counter tells.
-                grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
-                _require_finite("gradient norm", grad_norm, state.step + 1)
+                loss, grad_norm = _optimizer_step(run, config, stop, label_tokens)
 
                 state.step += 1
                 state.tokens += tokens
                 state.label_tokens += label_tokens
-                loss, seconds = loss_sum / label_tokens, time.monotonic() - started
+                seconds = time.monotonic() - started
                 display.step(state.step, loss, tokens / seconds, grad_norm, lr)
                 counts = {"tokens": tokens, "label_tokens": label_tokens}
                 record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
@@ -105,6 +86,40 @@ def train(config: RunConfig) -> int:
         record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
     close()
     return EXIT_DONE if reason == "completed" else StopRequested.exit_code
+
+
+def _set_learning_rates(engine: Any, step: int, max_steps: int, config: RunConfig) -> dict[str, float]:
+    """Give each parameter group its learning rate for the step after ``step``; returns them by the group's name."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier(step, max_steps, config.schedule)
+    return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
+
+
+def _optimizer_step(run: Run, config: RunConfig, stop: StopRequest, label_tokens: int) -> tuple[float, float]:
+    """Train on one global batch of ``label_tokens``; collective. Returns loss per label token, and gradient norm.
+
+    The norm is that before clipping. Raises RuntimeError when one of the two is not finite.
+    """
+    engine, step, world_size = run.engine, run.state.step, process_group.world_size()
+    accumulation = engine.gradient_accumulation_steps()
+    # Dropout depends on the step and the rank alone, so a resumed run draws the same masks.
+    torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + process_group.rank())
+
+    loss_sum = 0.0
+    for micro_step, batch in enumerate(_micro_batches(run, config, step), start=1):
+        stop.poll()
+        summed = engine(batch)
+        # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
+        engine.backward(summed * (accumulation * world_size / label_tokens))
+        loss_sum += summed.item()
+        if micro_step == accumulation:
+            (loss_sum,) = process_group.sum_over_ranks(loss_sum)
+            _require_finite("loss", loss_sum, step + 1)
+        engine.step()
+    # In bfloat16 DeepSpeed skips a step whose gradients are not finite, and only this counter tells.
+    grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
+    _require_finite("gradient norm", grad_norm, step + 1)
+    return loss_sum / label_tokens, grad_norm
 
 
 def _recorder(run: Run) -> tuple[Record, Callable[[], None]]:
