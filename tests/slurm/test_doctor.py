@@ -109,12 +109,12 @@ CLOSED_PORT, FULL_DISK, SILENT = OTHERS[:3]
 
 @pytest.fixture(scope="session")
 def sicker(cluster: Cluster, lab: Lab) -> Diagnosis:
-    """Three hosts with other faults."""
+    """Three hosts of six with other faults."""
     rule = ["pref", "10", "ipproto", "tcp", "dport", PORT, "prohibit"]
     cluster.run(CLOSED_PORT, "ip", "rule", "add", *rule)
     with mounted(cluster, FULL_DISK, "-t", "tmpfs", "-o", "size=1m", "tmpfs", lab.run_dir("run")):
         cluster.run(FULL_DISK, "dd", "if=/dev/zero", f"of={lab.run_dir('run')}/old", "bs=1k", "count=1016")
-        diagnosis = examine(cluster, lab, nodes=4, TEST_SILENT=SILENT)
+        diagnosis = examine(cluster, lab, TEST_SILENT=SILENT)
     cluster.run(CLOSED_PORT, "ip", "rule", "del", *rule)
     return diagnosis
 
