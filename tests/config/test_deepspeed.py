@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from qvtune.config.deepspeed import ALLOWED_KEYS, fill_from_model, resolve_deepspeed
+from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
+from qvtune.config.deepspeed_keys import ALLOWED_KEYS, REFUSED_KEYS
 from qvtune.config.load import load_config
+from qvtune.config.problems import section_type
 from qvtune.config.schema import OptimizerSection, RunConfig, TrainSection
 from qvtune.errors import UserError
 
@@ -182,8 +185,12 @@ def test_value_that_contradicts_the_run_is_named(
         (stage3(offload_param={"device": "gpu"}), r"`zero_optimization\.offload_param\.device` is 'gpu'; it must be"),
         (stage3(reduce_bucket_size=0), r"`zero_optimization\.reduce_bucket_size` is 0; it must be greater than 0"),
         (stage3(reduce_bucket_size="auto"), r"`zero_optimization\.reduce_bucket_size` is \"auto\""),
-        (stage3(zero_quantized_weights=True), "packed 4-bit codes"),
-        (stage3(zero_quantized_nontrainable_weights=True), "packed 4-bit codes"),
+        (stage3(zero_quantized_weights=True), "would round .* packed 4-bit codes"),
+        (stage3(zero_quantized_nontrainable_weights=True), "would round .* packed 4-bit codes"),
+        (stage3(stage3_use_all_reduce_for_fetch_params=True), "adding zeros to them, but .* packed 4-bit codes"),
+        ({"torch_autocast": {"enabled": True}}, "would cast parameters .* packed 4-bit codes"),
+        (stage3(zenflow={}), "an optimizer of its own"),
+        (stage3(offload_param={"device": "nvme", "nvme_path": "/x"}), 'is "nvme", .* allowed: "cpu", "none"'),
         (stage3(cpu_offload=True), "replaced it by `offload_optimizer`"),
         (stage3(offload_optimizer={"device": "cpu"}), "zero_force_ds_cpu_optimizer"),
         (stage3(stage=2, stage3_max_live_parameters=1), "stage3_max_live_parameters` has no effect at stage 2"),
@@ -195,6 +202,28 @@ def test_bad_key_or_value_is_named_with_its_remedy(tmp_path: Path, content: dict
     with pytest.raises(UserError, match=said):
         raise UserError(problems)
     assert len(problems) <= 2  # a block that is no object, a stage that is "auto": two sides of one mistake
+
+
+@pytest.mark.parametrize("name", REFUSED_KEYS)
+def test_refused_key_is_reported_once_with_the_reason(tmp_path: Path, name: str) -> None:
+    """In a block where it is the only mistake, and whatever its value is."""
+    *blocks, key = name.split(".")
+    content = stage3()
+    block = content
+    for part in blocks:
+        block = block.setdefault(part, {})
+    block[key] = "auto"
+    assert only_problem(tmp_path, content) == f"`{name}` is refused: {REFUSED_KEYS[name]}; remove it"
+
+
+def test_refused_keys_of_zero_are_ones_that_deepspeed_reads() -> None:
+    section = "zero_optimization."
+    names = [name.removeprefix(section) for name in REFUSED_KEYS if name.startswith(section)]
+    for *blocks, key in (name.split(".") for name in names):
+        model: Any = DeepSpeedZeroConfig
+        for block in blocks:
+            model = section_type(model.model_fields[block].annotation)
+        assert key in {*model.model_fields, *(field.alias for field in model.model_fields.values())}
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:

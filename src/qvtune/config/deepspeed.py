@@ -7,54 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qvtune.config.deepspeed_keys import ALLOWED_KEYS, REFUSED_KEYS
 from qvtune.config.problems import closest, describe, suggestion
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.versions import repository
 
-# Keys that a JSON may have, at the top and in two of its blocks. DeepSpeed ignores keys that it does not know, and most
-# that it knows belong to things that this project does itself (schedule, master weights, checkpoints, reports).
-# The keys of zero_optimization are checked by DeepSpeed's own schema, those of the loggers by the loggers.
-ALLOWED_KEYS: dict[str, tuple[str, ...]] = {
-    "": (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "bf16",
-        "communication_data_type",
-        "data_types",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "log_level",
-        "comms_logger",
-        "flops_profiler",
-    ),
-    "bf16": ("enabled", "check_grad_overflow"),
-    "data_types": ("grad_accum_dtype",),
-}
-_REFUSED = {
-    "optimizer": "DeepSpeed would build its own optimizer, and the learning rate of each parameter group would "
-    "be lost; remove the block, section `optimizer` of the run holds these settings",
-    "scheduler": "DeepSpeed's schedulers give all parameter groups one learning rate (DeepSpeed issues #7303, #8171); "
-    "remove the block, section `schedule` of the run holds these settings",
-    "fp16": "float16 is not supported: remove the block, and set `model.dtype` to bfloat16 or float32",
-}
-# Keys that would read the packed NF4 codes as numbers and round them.
-_CODES = "it rounds the frozen parameters, and here these are packed 4-bit codes; remove it"
-_REFUSED_ZERO = {
-    "zero_quantized_weights": _CODES,
-    "zero_quantized_nontrainable_weights": _CODES,
-    "cpu_offload": "DeepSpeed has replaced it by `offload_optimizer`",
-    "cpu_offload_param": "DeepSpeed has replaced it by `offload_param`",
-    "cpu_offload_use_pin_memory": "DeepSpeed has replaced it by `pin_memory` of `offload_param`",
-    "stage3_gather_fp16_weights_on_model_save": "nothing is saved through DeepSpeed; remove it",
-}
 _STAGES = (2, 3)
 _MAX_LIVE = "stage3_max_live_parameters"
 
@@ -77,6 +35,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
     assert world_size > 0 and dtype in ("float32", "bfloat16"), (world_size, dtype)
     path = find_json(config.deepspeed)
     resolved, problems = _read_json(path)
+    problems += _take_refused(resolved)
     problems += _key_problems(resolved)
     problems += _fill(resolved, _values_of_run(config, world_size, dtype))
     problems += [
@@ -132,17 +91,30 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
     return content, problems
 
 
+def _take_refused(resolved: dict[str, Any]) -> list[str]:
+    """Remove the refused keys, so that no other check finds them; a problem for each."""
+    problems = []
+    for name, reason in REFUSED_KEYS.items():
+        *blocks, key = name.split(".")
+        block: Any = resolved
+        for part in blocks:
+            block = block.get(part) if isinstance(block, dict) else None
+        if isinstance(block, dict) and key in block:
+            del block[key]
+            problems.append(f"`{name}` is refused: {reason}; remove it")
+    return problems
+
+
 def _key_problems(resolved: dict[str, Any]) -> list[str]:
-    """Problems for refused and unknown keys; a block that is not an object is reported and replaced by an empty one."""
-    problems = [f"`{key}` is refused: {reason}" for key, reason in _REFUSED.items() if key in resolved]
+    """Problems for unknown keys; a block that is not an object is reported and replaced by an empty one."""
+    problems = []
     for block in ("bf16", "data_types", "zero_optimization"):
         if not isinstance(resolved.setdefault(block, {}), dict):
             problems.append(f"`{block}` is {resolved[block]!r}; it must be an object of settings")
             resolved[block] = {}
     for block, allowed in ALLOWED_KEYS.items():
         prefix = f"{block}." if block else ""
-        keys = resolved[block] if block else [key for key in resolved if key not in _REFUSED]
-        unknown = [key for key in keys if key not in allowed]
+        unknown = [key for key in (resolved[block] if block else resolved) if key not in allowed]
         problems += [
             f"`{prefix}{key}` is not a setting; {suggestion(closest(key, allowed), allowed)}" for key in unknown
         ]
@@ -197,17 +169,13 @@ def _zero_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
 
     zero = resolved["zero_optimization"]
     stage = zero.get("stage")
-    problems = [f"`zero_optimization.{key}` is refused: {_REFUSED_ZERO[key]}" for key in zero if key in _REFUSED_ZERO]
+    problems = []
     if stage not in _STAGES:
         found = f"is {json.dumps(stage)}" if "stage" in zero else "is not set"
         allowed = "allowed: 3 (base, gradients and optimizer sharded), 2 (base whole on every rank)"
         problems.append(f"`zero_optimization.stage` {found}; {allowed}")
     try:
-        current = {
-            key: value
-            for key, value in zero.items()
-            if key not in _REFUSED_ZERO and (key, value) != (_MAX_LIVE, "auto")
-        }
+        current = {key: value for key, value in zero.items() if (key, value) != (_MAX_LIVE, "auto")}
         DeepSpeedZeroConfig(**{**current, "stage": stage if stage in _STAGES else 3})
     except ValidationError as error:
         problems += [describe(detail, DeepSpeedZeroConfig, ("zero_optimization",)) for detail in error.errors()]
@@ -227,14 +195,24 @@ def _placement_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
             f"`zero_optimization.zero_hpz_partition_size` is {node_size}, which does not divide {world_size} ranks; "
             "set it to the number of GPUs per node, or use zero3.json"
         )
-    offload = zero.get("offload_optimizer")
-    device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+    if _device(zero, "offload_param") == "nvme":
+        problems.append(
+            '`zero_optimization.offload_param.device` is "nvme", but a rank keeps its partition of the base in memory; '
+            'allowed: "cpu", "none"'
+        )
+    device = _device(zero, "offload_optimizer")
     if device != "none" and resolved.get("zero_force_ds_cpu_optimizer") is not False:
         problems.append(
             f'`zero_optimization.offload_optimizer.device` is "{device}": add `"zero_force_ds_cpu_optimizer": false`, '
             "because the optimizer is torch's AdamW and DeepSpeed would insist on its own"
         )
     return problems
+
+
+def _device(zero: dict[str, Any], block: str) -> Any:
+    """Where a block of zero_optimization puts things."""
+    offload = zero.get(block)
+    return offload.get("device", "none") if isinstance(offload, dict) else "none"
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
