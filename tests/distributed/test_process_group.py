@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -117,6 +118,16 @@ def test_the_timeout_of_collectives_is_half_an_hour_or_what_the_variable_says(mo
     assert process_group._timeout() == timedelta(minutes=30)
     monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", "45")
     assert process_group._timeout() == timedelta(seconds=45)
+
+
+def test_torch_has_one_variable_that_searches_for_nan_in_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the header of the installed torch: another name would have to be read as well."""
+    header = Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp"
+    (names,) = re.findall(r"> TORCH_NCCL_NAN_CHECK = \{([^}]*)\}", header.read_text())
+    assert names.strip() == '"TORCH_NCCL_NAN_CHECK"'
+    assert len(re.findall(r"\w*NAN_?CHECK\w* =", header.read_text())) == 1
+    monkeypatch.delenv("TORCH_NCCL_NAN_CHECK", raising=False)
+    assert process_group.nan_check() is None
 
 
 def test_flags_over_host_memory_have_the_same_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,10 @@ def train(lab: Lab, launcher: str, name: str, *overrides: str) -> Finished:
     return run_command(command, lab.folder / "output" / name, timeout=240, **lab.environment)
 
 
-def train_forked(lab: Lab, name: str, *overrides: str) -> Finished:
+def train_forked(lab: Lab, name: str, *overrides: str, **environment: str) -> Finished:
     """Run the recipe as one process without a launcher, in a fork of the warm interpreter."""
     folder = lab.folder / "output" / name
-    return fork_command(_command(lab, name, *overrides), folder, timeout=240, **lab.environment)
+    return fork_command(_command(lab, name, *overrides), folder, timeout=240, **lab.environment, **environment)
 
 
 def _command(lab: Lab, name: str, *overrides: str) -> list[str | Path]:

@@ -55,6 +55,14 @@ def test_a_mistake_gives_one_message_and_exit_code_2(lab: Lab, wrong: Path, name
     assert not lab.run_dir(name).exists()
 
 
+def test_a_search_for_nan_in_what_is_gathered_is_refused(lab: Lab) -> None:
+    ended = train_forked(lab, "nan_check", TORCH_NCCL_NAN_CHECK="1")
+    assert ended.code == 2, ended.output
+    (message,) = ended.stderr.splitlines()
+    assert message.startswith("error: the environment variable TORCH_NCCL_NAN_CHECK is '1'")
+    assert not lab.run_dir("nan_check").exists()
+
+
 @without_gpu
 @pytest.mark.parametrize("name", ["typo_in_a_section", "row_that_is_not_json"])
 def test_two_ranks_say_it_once(lab: Lab, wrong: Path, name: str) -> None:

@@ -118,6 +118,30 @@ def test_a_run_that_can_start_is_planned(make_config: MakeConfig) -> None:
     assert plan.deepspeed_config["zero_optimization"]["stage3_max_live_parameters"] > 0
 
 
+@pytest.mark.parametrize("value", ["1", "t", "TRUE", "y", "Yes", "2", ""])
+def test_a_search_for_nan_in_gathered_codes_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """Also what torch itself does not take."""
+    monkeypatch.setenv("TORCH_NCCL_NAN_CHECK", value)
+    (problem,) = find_problems(make_config(), world_size=1, on_gpus=True)
+    assert all(part in problem for part in (f"TORCH_NCCL_NAN_CHECK is {value!r}", "unset it", "slurm/cluster.env"))
+
+
+@pytest.mark.parametrize("value", ["0", "f", "False", "n", "NO"])
+def test_no_search_for_nan_is_no_problem(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TORCH_NCCL_NAN_CHECK", value)
+    assert find_problems(make_config(), world_size=1, on_gpus=True) == []
+
+
+@pytest.mark.parametrize("changes", [{"deepspeed": "zero2.json"}, {"model__quantization": "none"}])
+def test_a_search_for_nan_where_no_codes_are_gathered_is_no_problem(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]
+) -> None:
+    monkeypatch.setenv("TORCH_NCCL_NAN_CHECK", "1")
+    assert find_problems(make_config(**changes), world_size=1, on_gpus=True) == []
+
+
 def test_problems_are_found_without_tokenizing(tmp_path: Path, make_config: MakeConfig) -> None:
     before = set(cache_dir().rglob("*"))
     assert find_problems(make_config(), world_size=1, on_gpus=False) == []

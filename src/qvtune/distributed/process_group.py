@@ -50,6 +50,12 @@ def _timeout() -> timedelta:
     return timedelta(seconds=int(text))
 
 
+def nan_check() -> str | None:
+    """The value of TORCH_NCCL_NAN_CHECK, with which torch raises an error where NCCL sends NaN; None if that is off."""
+    value = os.environ.get("TORCH_NCCL_NAN_CHECK", "0")
+    return None if value.lower() in ("0", "f", "false", "n", "no") else value
+
+
 def _share_cores() -> None:
     """Divide the cores among the ranks of this host: more threads than cores made a step 15 times slower.
 

@@ -174,6 +174,7 @@ def _inspect(
     attention, attention_reason = chosen or ("sdpa", "for checks only")
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
+    checks.run(lambda: _check_nan_check(config, deepspeed_config))
     resume = checks.run_on_main(lambda: find_resume(config))
     find = naming_setting(_BASE)(find_model)
     folder = checks.run_once_per_host(lambda: find(config.model.name_or_path, cache_dir(), config.model.revision))
@@ -191,6 +192,17 @@ def _inspect(
         layer_numel=layer_numel,
         tokenizer=tokenizer,
     )
+
+
+def _check_nan_check(config: RunConfig, deepspeed_config: dict[str, Any] | None) -> None:
+    """Gathers of a quantized base must not be searched for NaN: its codes are stored in the dtype of the compute."""
+    gathered = deepspeed_config is None or deepspeed_config["zero_optimization"]["stage"] == 3
+    if config.model.quantization == "nf4" and gathered and (value := process_group.nan_check()) is not None:
+        raise UserError(
+            f"the environment variable TORCH_NCCL_NAN_CHECK is {value!r}: torch would end the run when it gathers the "
+            "base, since some packed 4-bit codes are NaN when read as numbers; unset it in the shell that starts the "
+            "run or in slurm/cluster.env (it is allowed with `model.quantization: none` and with zero2.json)"
+        )
 
 
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: _Checks) -> int | None:
