@@ -37,6 +37,7 @@ from qvtune.system import peak_rss_bytes
 from qvtune.train import loop
 from qvtune.train import prepare as train_prepare
 from qvtune.train.prepare import prepare
+from tests.distributed.gathered import gathered
 from tests.model.one_of_many import resident_bytes_now
 from tests.support.varlen_attention import register_varlen
 
@@ -222,7 +223,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EXPECTED = {"UserError": UserError, "RuntimeError": RuntimeError, "StopRequested": StopRequested}
-JOBS = {"train": train, "base": base, "memory": memory, "shares": shares}
+JOBS = {"train": train, "base": base, "memory": memory, "shares": shares, "gathered": gathered}
 
 
 def main() -> None:
