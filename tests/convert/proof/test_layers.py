@@ -36,12 +36,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def streamed(model: LayeredModel, views: list[ModelView], texts: list[list[int]] = TEXTS) -> list[list[torch.Tensor]]:
-    """[view][text]: logits [T, V], put together."""
+def streamed(
+    model: LayeredModel, views: list[ModelView], texts: list[list[int]] = TEXTS, max_entries: int = VOCABULARY
+) -> list[list[torch.Tensor]]:
+    """[view][text]: logits [T, V], put together from parts of at most ``max_entries`` of the vocabulary."""
     parts: list[list[list[torch.Tensor]]] = [[[] for _ in texts] for _ in views]
     for text, first, logits in model.logits(views, texts):
         for view, part in enumerate(logits):
             assert sum(one.shape[1] for one in parts[view][text]) == first
+            assert part.shape[1] <= max_entries
             parts[view][text].append(part)
     return [[torch.cat(text, dim=1) for text in view] for view in parts]
 
@@ -64,7 +67,7 @@ def test_logits_are_those_of_transformers(
     view = merged_folder(folder)
     model.require_names(view.names, "the folder")
     expected = whole(AutoModelForCausalLM.from_pretrained(folder))
-    for found, logits in zip(streamed(model, [view])[0], expected, strict=True):
+    for found, logits in zip(streamed(model, [view], max_entries=100)[0], expected, strict=True):
         assert found.shape[1] == VOCABULARY
         torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
 
