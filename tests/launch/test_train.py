@@ -1,5 +1,6 @@
 """launch/train.py as it is typed: under deepspeed, torchrun and plain python."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from qvtune.config.load import load_config
+from qvtune.data.statistics import Statistics
 from tests.launch.conftest import TRAIN, train, train_forked, without_gpu
 from tests.support.lab import Lab
 
@@ -95,6 +97,19 @@ def test_the_environment_is_recorded(lab: Lab, run: str) -> None:
     assert environment["argv"][0] == str(TRAIN) and "checkpoint.resume=never" in environment["argv"]
     resolved = json.loads((lab.run_dir(run) / "deepspeed.json").read_text())
     assert resolved["gradient_accumulation_steps"] == 6 // NUM_RANKS[run]
+
+
+def test_the_data_is_recorded(lab: Lab, run: str) -> None:
+    data = json.loads((lab.run_dir(run) / "data.json").read_text())
+    fields = {field.name for field in dataclasses.fields(Statistics)}
+    assert {name: set(numbers) for name, numbers in data.items()} == {
+        "data.train": {"source", *fields},
+        "data.eval": {"source", *fields},
+    }
+    train = data["data.train"]
+    assert train["source"] == str(lab.folder / "train.jsonl") and train["documents"] == 60
+    first_step = lab.events(run, "step")[0]
+    assert 0 < first_step["tokens"] < train["tokens"] and first_step["label_tokens"] < train["label_tokens"]
 
 
 def test_tensorboard_shows_the_losses(lab: Lab, run: str) -> None:

@@ -14,7 +14,7 @@ from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.storage.files import write_json
-from qvtune.train.run_folder import environment, find_resume, open_run_folder, trajectory_settings
+from qvtune.train.run_folder import environment, find_resume, open_run_folder, require_same_rows, trajectory_settings
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -124,18 +124,19 @@ def test_every_other_setting_decides() -> None:
 
 def test_the_record_of_a_new_run(tmp_path: Path) -> None:
     run = config(tmp_path / "runs/new")
-    resume, owner = open_run_folder(run, {"zero_optimization": {"stage": 3}})
+    resume, owner = open_run_folder(run, {"zero_optimization": {"stage": 3}}, {"data.train": {"rows": 3}})
     assert resume is None and owner is not None and owner.run_dir == tmp_path / "runs/new"
     written = {path.name for path in (tmp_path / "runs/new").iterdir() if not path.name.startswith(".owner-")}
-    assert written == {"config.yaml", "deepspeed.json", "environment.json", "checkpoints"}
+    assert written == {"config.yaml", "deepspeed.json", "data.json", "environment.json", "checkpoints"}
     assert RunConfig.model_validate(yaml.safe_load((tmp_path / "runs/new/config.yaml").read_text())) == run
     assert json.loads((tmp_path / "runs/new/deepspeed.json").read_text()) == {"zero_optimization": {"stage": 3}}
+    assert json.loads((tmp_path / "runs/new/data.json").read_text()) == {"data.train": {"rows": 3}}
 
 
 def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
     run = config(tmp_path / "run", checkpoint={"resume": "never"})
     for content in ("first", "second", "third"):
-        open_run_folder(run, {})
+        open_run_folder(run, {}, {})
         (tmp_path / "run/mark").write_text(content)
     assert {path.name: (path / "mark").read_text() for path in tmp_path.iterdir()} == {
         "run.1": "first",
@@ -148,9 +149,9 @@ def test_what_belongs_to_the_job_that_starts_is_not_an_earlier_run(tmp_path: Pat
     for name in ("logs", "submitted"):
         (tmp_path / "run" / name).mkdir(parents=True)
     run = config(tmp_path / "run")
-    open_run_folder(run, {})
+    open_run_folder(run, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    open_run_folder(run, {})  # without a checkpoint this begins anew
+    open_run_folder(run, {}, {})  # without a checkpoint this begins anew
     assert {path.name for path in tmp_path.iterdir()} == {"run", "run.1"}
     assert {"logs", "submitted"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert not (tmp_path / "run.1/logs").exists()
@@ -158,7 +159,7 @@ def test_what_belongs_to_the_job_that_starts_is_not_an_earlier_run(tmp_path: Pat
 
 def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    open_run_folder(config(tmp_path / "run"), {})
+    open_run_folder(config(tmp_path / "run"), {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -167,15 +168,55 @@ def test_a_resumed_run_stays_and_loses_only_what_was_unfinished(tmp_path: Path) 
     resume = write_checkpoint(run, 2)
     (tmp_path / "run/checkpoints/.step-00000003-abc").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
-    assert open_run_folder(run, {})[0] == resume
+    assert open_run_folder(run, {}, {})[0] == resume
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"step-00000002", "latest"}
     assert (tmp_path / "run/metrics.jsonl").exists()
 
 
+TRAINED = {"data.train": {"source": "a.jsonl", "rows": 3, "crc32": "0a", "longest": [{"row": 1}], "label_share": 0.5}}
+
+
+def test_the_same_rows_give_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = config(tmp_path / "run")
+    write_checkpoint(run, 2)
+    open_run_folder(run, {}, TRAINED)
+    before = (tmp_path / "run/data.json").read_bytes()
+    require_same_rows(tmp_path / "run", TRAINED)
+    open_run_folder(run, {}, TRAINED)
+    assert (tmp_path / "run/data.json").read_bytes() == before
+    assert capsys.readouterr().out == ""
+
+
+def test_other_training_rows_are_refused_with_what_is_different(tmp_path: Path) -> None:
+    write_json(tmp_path / "data.json", TRAINED)
+    now = {"data.train": {**TRAINED["data.train"], "rows": 4, "crc32": "0b", "longest": [], "label_share": 0.4}}
+    with pytest.raises(UserError) as caught:
+        require_same_rows(tmp_path, now)
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.train: not the rows that the run in ")
+    assert "(rows 4, was 3; crc32 0b, was 0a)" in problem and "checkpoint.resume=never" in problem
+
+
+def test_what_an_earlier_start_has_not_recorded_is_not_compared(tmp_path: Path) -> None:
+    """A run of a version that wrote no file, or fewer fields."""
+    require_same_rows(tmp_path, TRAINED)
+    write_json(tmp_path / "data.json", {"data.train": {"rows": 3, "no_longer_written": 1}})
+    require_same_rows(tmp_path, TRAINED)
+
+
+def test_other_evaluation_rows_are_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = config(tmp_path / "run")
+    write_checkpoint(run, 2)
+    for rows in (5, 6):
+        open_run_folder(run, {}, {**TRAINED, "data.eval": {"rows": rows}})
+    assert capsys.readouterr().out == "data.eval: other rows than at the run's last start (rows 6, was 5)\n"
+    assert json.loads((tmp_path / "run/data.json").read_text())["data.eval"] == {"rows": 6}
+
+
 def test_ranks_other_than_0_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    open_run_folder(config(tmp_path / "run"), {})
+    open_run_folder(config(tmp_path / "run"), {}, {})
     assert list(tmp_path.iterdir()) == []
 
 

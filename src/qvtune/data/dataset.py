@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +17,14 @@ from qvtune.config.schema import DataSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow, pack
 from qvtune.data.rows import BadRowError, BadRows, Row, file_sha256, read_rows
+from qvtune.data.statistics import RowBlock, statistics
 from qvtune.data.tokenize import FIXED_DATE, Document
 from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_folder
+from qvtune.storage.files import write_json
 
-CACHE_VERSION = 1  # increment it when the same rows would give other tokens, labels or columns
-ROWS_FILE, COUNTS_FILE = "rows.arrow", "counts.json"
+CACHE_VERSION = 2  # increment it when the same rows would give other tokens, labels, columns or statistics
+ROWS_FILE, STATISTICS_FILE = "rows.arrow", "statistics.json"
 LISTS = ("input_ids", "labels", "document_lengths")
 FEATURES = Features(
     {name: List(Value("int32")) for name in LISTS} | {"num_tokens": Value("int64"), "num_label_tokens": Value("int64")}
@@ -32,6 +35,7 @@ class TokenRows:
     """Read-only packed rows, memory-mapped from ``folder``; only the counts per row are in memory.
 
     Attributes:
+        statistics: ``Statistics`` of the rows, as plain JSON values.
         num_tokens, num_label_tokens: of each row, [rows] int64.
         num_documents: documents in all rows.
         num_truncated: documents that were truncated to max_length.
@@ -40,12 +44,12 @@ class TokenRows:
     """
 
     def __init__(self, folder: Path) -> None:
-        counts = json.loads((folder / COUNTS_FILE).read_text(encoding="utf-8"))
-        self.num_documents: int = counts["num_documents"]
-        self.num_skipped: int = counts["num_skipped"]
-        self.num_dropped: int = counts["num_dropped"]
-        self.num_truncated: int = counts["num_truncated"]
-        self._table = Dataset.from_file(str(folder / ROWS_FILE)).with_format("arrow")
+        self.statistics: dict[str, Any] = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
+        self.num_documents: int = self.statistics["documents"]
+        self.num_skipped: int = self.statistics["skipped"]
+        self.num_dropped: int = self.statistics["dropped"]
+        self.num_truncated: int = self.statistics["truncated"]
+        self._table = _memory_map(folder / ROWS_FILE)
         self.num_tokens: NDArray[np.int64] = self._table.data.column("num_tokens").to_numpy()
         self.num_label_tokens: NDArray[np.int64] = self._table.data.column("num_label_tokens").to_numpy()
 
@@ -86,8 +90,22 @@ def build_token_rows(
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with atomic_folder(folder, if_taken="keep") as private:
             _write_rows(private / ROWS_FILE, documents, groups, between_rows)
-            (private / COUNTS_FILE).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+            found = statistics(_blocks(private / ROWS_FILE), config.max_length, **counts)
+            write_json(private / STATISTICS_FILE, asdict(found))
     return TokenRows(folder)
+
+
+def _memory_map(path: Path) -> Dataset:
+    return Dataset.from_file(str(path)).with_format("arrow")
+
+
+def _blocks(path: Path) -> Iterator[RowBlock]:
+    """All rows in order, about a thousand at a time, without a copy of the file."""
+    first_row = 0
+    for batch in _memory_map(path).data.to_batches():
+        ids, labels, lengths = (batch.column(name).flatten().to_numpy() for name in LISTS)
+        yield RowBlock(first_row, ids, labels, lengths, batch.column(LISTS[-1]).value_lengths().to_numpy())
+        first_row += len(batch)
 
 
 IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
@@ -123,7 +141,6 @@ def _tokenize_file(
             "data.max_length."
         )
     counts = {
-        "num_documents": len(documents),
         "num_skipped": num_skipped + refused.count,
         "num_dropped": num_dropped,
         "num_truncated": num_truncated,

@@ -48,7 +48,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     planned = preflight(config, process_group.world_size(), poll=stop.poll, poll_alone=stop.poll_alone)
     model, load, content = _load_model(config, planned, stop)
     stop.poll()
-    resume, owner = open_run_folder(config, planned.deepspeed_config, planned.resume)
+    resume, owner = open_run_folder(config, planned.deepspeed_config, planned.data_statistics, planned.resume)
     if resume is not None:
         checkpoint_engine.load_trained(resume, model)
         state = checkpoint_state.load_trainer_state(resume)

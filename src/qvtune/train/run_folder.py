@@ -1,5 +1,6 @@
 """The run folder: whether a run starts there from scratch or resumes, and the record of what was run."""
 
+import json
 import os
 import platform
 import socket
@@ -20,6 +21,7 @@ from qvtune.distributed import process_group
 from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_file
 from qvtune.storage.files import write_json
+from qvtune.train.data import EVAL, TRAIN
 
 # Settings that may change between the starts of a run. They do not change the losses, or, like another number of steps
 # through the schedule, change them as asked for and logged. All others must stay the same.
@@ -37,6 +39,7 @@ _FREE_SETTINGS = {
     "model": {"attention"},
     "data": {"eval"},
 }
+_DATA = "data.json"
 _OF_THE_JOB = ("logs", "submitted")  # made before the run starts; they may hold the code that is running
 
 
@@ -95,10 +98,32 @@ def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -
     return problems
 
 
+def require_same_rows(run_dir: Path, data: dict[str, Any]) -> None:
+    """Compare ``data`` (see ``data_statistics``) with what an earlier start of the run has written into data.json.
+
+    Raises UserError where the training rows are others: a resumed run continues in the order of the first start's rows.
+    """
+    if changes := _changes(run_dir, data, TRAIN):
+        raise UserError(
+            f"{TRAIN}: not the rows that the run in {run_dir} was started with, says {_DATA} there ({changes}): set it "
+            "back, choose another run_dir, or start from scratch with checkpoint.resume=never (the old run is moved "
+            "aside)"
+        )
+
+
+def _changes(run_dir: Path, data: dict[str, Any], setting: str) -> str:
+    """In which numbers a data set differs from the one in data.json; empty where it does not, or is not in there."""
+    path = run_dir / _DATA
+    stored = json.loads(path.read_text(encoding="utf-8")).get(setting, {}) if path.exists() else {}
+    now = data.get(setting, {})
+    changed = [name for name in stored if name in now and stored[name] != now[name]]
+    return "; ".join(f"{name} {now[name]}, was {stored[name]}" for name in changed if isinstance(now[name], int | str))
+
+
 def open_run_folder(
-    config: RunConfig, deepspeed_config: dict[str, Any], verified: Path | None = None
+    config: RunConfig, deepspeed_config: dict[str, Any], data: dict[str, Any], verified: Path | None = None
 ) -> tuple[Path | None, Owner | None]:
-    """Take the folder and write config.yaml, deepspeed.json and environment.json; collective, rank 0 writes.
+    """Take the folder; write config.yaml, deepspeed.json, data.json and environment.json. Collective, rank 0 writes.
 
     Returns the checkpoint to resume from, as ``find_resume`` does, now that no other run can add or delete one, and
     on rank 0 the owner; ``verified``: see there. Where a new run starts, files of an earlier one are moved to
@@ -111,11 +136,14 @@ def open_run_folder(
     if owner is not None:
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
+        if changes := _changes(owner.run_dir, data, EVAL):
+            console().print(f"{EVAL}: other rows than at the run's last start ({changes})", markup=False)
         with owner.writing() as workspace:
             with atomic_file(owner.run_dir / "config.yaml", workspace=workspace) as private:
                 private.write_text(dump_config(config), encoding="utf-8")
-            for name, content in (("deepspeed", deepspeed_config), ("environment", environment(hosts))):
-                with atomic_file(owner.run_dir / f"{name}.json", workspace=workspace) as private:
+            records = {"deepspeed.json": deepspeed_config, _DATA: data, "environment.json": environment(hosts)}
+            for name, content in records.items():
+                with atomic_file(owner.run_dir / name, workspace=workspace) as private:
                     write_json(private, content)
             checkpoints = owner.run_dir / "checkpoints"
             checkpoints.mkdir(exist_ok=True)

@@ -1,0 +1,126 @@
+"""The data sets of a run: read, tokenized and described, in the same way for training and for a look at them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qvtune.config.schema import ModelSection, RunConfig
+from qvtune.data.dataset import TokenRows, build_token_rows
+from qvtune.data.rows import read_rows
+from qvtune.embedded.data import demo_files
+from qvtune.errors import UserError, naming_setting
+from qvtune.model.source import model_folder
+from qvtune.storage.paths import cache_dir
+from qvtune.tasks import get_task
+from qvtune.train.checks import Checks
+
+Poll = Callable[[], None]
+FindModel = Callable[[str, Path, str | None], Path | None]  # as ``model_folder``
+
+TRAIN, EVAL = "data.train", "data.eval"
+BASE = "model.name_or_path"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The tokenizer of a run, and its rows by setting: ``data.train`` and, where it is set, ``data.eval``."""
+
+    tokenizer: Any
+    rows: dict[str, TokenRows]
+
+
+def load_data(config: RunConfig) -> RunData:
+    """Tokenizer and rows of a run, checked as ``preflight`` checks them, without anything else of the run.
+
+    Raises UserError with every problem of tokenizer and data together.
+    """
+    checks = Checks()
+    folder = find_base(config, checks)
+    tokenizer = None if folder is None else checks.run(partial(load_tokenizer, folder, config.model))
+    rows = token_rows(config, tokenizer, checks)
+    checks.raise_all()
+    return RunData(tokenizer, rows)
+
+
+def find_base(config: RunConfig, checks: Checks, find_model: FindModel = model_folder) -> Path | None:
+    """The folder of the base model; None where there is none, or where that is a problem."""
+    find = naming_setting(BASE)(find_model)
+    return checks.run_once_per_host(lambda: find(config.model.name_or_path, cache_dir(), config.model.revision))
+
+
+def load_tokenizer(folder: Path, model: ModelSection) -> Any:
+    """The tokenizer of the base model in ``folder``. Raises UserError where there is none that can be loaded."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{folder}: no tokenizer that can be loaded ({error})", setting=BASE) from error
+
+
+def token_rows(
+    config: RunConfig, tokenizer: Any, checks: Checks, poll: Poll = lambda: None, poll_alone: Poll = lambda: None
+) -> dict[str, TokenRows]:
+    """Setting -> its rows, without those that are a problem. Without a tokenizer rows are only read: they can be bad.
+
+    ``poll``, ``poll_alone``: as those of ``preflight``.
+    """
+    found: dict[str, TokenRows] = {}
+    for setting, source in sources(config):
+        poll()
+        if tokenizer is None:
+            checks.run(partial(check_rows, setting, source, config))
+            continue
+        rows = checks.run_once_per_host(partial(_token_rows, setting, source, config, tokenizer, poll_alone))
+        if rows is not None:
+            found[setting] = rows
+    return found
+
+
+def sources(config: RunConfig) -> list[tuple[str, str]]:
+    """Setting and value of each data set of the run."""
+    values = {TRAIN: config.data.train, EVAL: config.data.eval}
+    return [(setting, source) for setting, source in values.items() if source is not None]
+
+
+def check_rows(setting: str, source: str, config: RunConfig, max_rows: int | None = None) -> None:
+    """Read a data set, or its first rows, without tokenizing it. Raises UserError where rows are bad."""
+    with naming_setting(setting):
+        read_rows(_file(setting, source), config.data.format, config.data.on_bad_row, max_rows=max_rows)
+
+
+def data_statistics(config: RunConfig, rows: Mapping[str, TokenRows]) -> dict[str, Any]:
+    """Setting -> source and ``Statistics`` of its rows, as plain JSON values: the content of ``run_dir/data.json``."""
+    return {
+        setting: {"source": source, **rows[setting].statistics}
+        for setting, source in sources(config)
+        if setting in rows
+    }
+
+
+def describe(rows: TokenRows) -> str:
+    """A data set in one line."""
+    text = f"{rows.num_documents} documents in {len(rows)} rows, {int(rows.num_tokens.sum())} tokens"
+    for count, what in (
+        (rows.num_skipped, "bad rows skipped (data.on_bad_row)"),
+        (rows.num_truncated, "documents truncated to data.max_length"),
+        (rows.num_dropped, "documents dropped: no label token within data.max_length"),
+    ):
+        text += f"; {count} {what}" if count else ""
+    return text
+
+
+def _file(setting: str, source: str) -> Path:
+    if source != "demo":
+        return Path(source)
+    train_file, eval_file = demo_files(cache_dir())
+    return train_file if setting == TRAIN else eval_file
+
+
+def _token_rows(setting: str, source: str, config: RunConfig, tokenizer: Any, poll: Poll) -> TokenRows:
+    with naming_setting(setting):
+        file, task = _file(setting, source), get_task(config.task)
+        return build_token_rows(file, config.data, tokenizer, task, cache_dir() / "tokens", poll)
