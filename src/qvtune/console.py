@@ -25,3 +25,12 @@ def command_parser(documentation: str) -> argparse.ArgumentParser:
         epilog=(title + codes).strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def positive(text: str) -> int:
+    """Type of an option that is a whole number > 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number > 0; where something else follows the option, write --OPTION=N"
+        )
+    return int(text)

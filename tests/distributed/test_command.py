@@ -6,7 +6,7 @@ from typing import Never
 import pytest
 
 from qvtune.distributed import command, process_group
-from qvtune.distributed.command import run_alone, run_command
+from qvtune.distributed.command import run_alone, run_command, run_on_rank_0
 from qvtune.errors import StopRequested, UserError
 
 
@@ -16,6 +16,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     happened: list[str] = []
     monkeypatch.setattr(process_group, "start", lambda: happened.append("start"))
     monkeypatch.setattr(process_group, "stop", lambda: happened.append("stop"))
+    monkeypatch.setattr(command, "record_stop_signals", lambda: None)  # pytest's own handlers stay
     return happened
 
 
@@ -106,3 +107,16 @@ def test_alone(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         run_alone(defect)
     assert calls == []
+
+
+def test_rank_0_alone(calls: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under a launcher, whose variables are not for what runs alone."""
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    found = []
+    assert run_on_rank_0(lambda: found.append(process_group.world_size())) == 0
+    assert found == [1]
+    assert run_on_rank_0(user_error) == 2
+    monkeypatch.setenv("RANK", "1")
+    assert run_on_rank_0(defect) == 0, "not called"
+    assert capsys.readouterr().err == "error: the first is wrong\nerror: the second too\n" and calls == []

@@ -30,6 +30,10 @@ WRONG = {
     "train": [
         (["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
         (["--config", "{folder}/none.yaml"], "none.yaml: the configuration cannot be read"),
+        (["--config", "{recipe}", "--show-batch", "train.max_steps=3"], "not a whole number > 0; where something else"),
+        (["--config", "{recipe}", "--show-batch=0"], "--show-batch: '0' is not a whole number > 0"),
+        (["--config", "{recipe}", "train.max_step=3", "--show-batch"], "`train.max_steps`?"),
+        (["--show-batch"], "--config RECIPE.yaml is required"),
     ],
     "submit": [
         (["--nodes=1", "--gpus-per-node=1", "--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),

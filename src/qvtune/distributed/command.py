@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from qvtune.distributed.stop_signals import take_recorded
+from qvtune.distributed.stop_signals import record_stop_signals, take_recorded
 from qvtune.errors import StopRequested, UserError
 
 Checked = TypeVar("Checked")
@@ -25,8 +25,9 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
     A UserError of ``check`` is printed by rank 0 and gives exit code 2. Later a UserError is raised on all ranks
     (``process_group.raise_on_all_ranks``), printed once, by rank 0, and gives exit code 2. A StopRequested gets here
     only if there was nothing to save yet; it is raised on all ranks too and gives 75. Any other exception ends this
-    rank with a traceback, without collectives: the launcher ends the others.
+    rank with a traceback, without collectives: the launcher ends the others. Stop signals are recorded from the start.
     """
+    record_stop_signals()
     try:
         checked = check()
     except UserError as error:
@@ -59,6 +60,15 @@ def run_alone(command: Callable[[], object]) -> int:
         _print(error)
         return error.exit_code
     return 0
+
+
+def run_on_rank_0(command: Callable[[], object]) -> int:
+    """``run_alone`` in the process of rank 0, as if no launcher had started it; other ranks do nothing and return 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(variable, None)
+    return run_alone(command)
 
 
 def _before_imports() -> None:

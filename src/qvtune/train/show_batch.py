@@ -1,0 +1,130 @@
+"""``launch/train.py --show-batch``: first rows as text, with what is trained on, and statistics."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from qvtune.config.schema import RunConfig
+from qvtune.console import console
+from qvtune.data.dataset import TokenRows
+from qvtune.data.order import rows_of_step
+from qvtune.data.spans import Span, documents_as_text
+from qvtune.train.data import TRAIN, RunData, data_statistics, load_data
+
+OPEN, CLOSE = "⟦", "⟧"  # around what has labels, for output without colours
+_HAS_LABEL = "black on green"
+_BAR_WIDTH = 16
+_EXCERPT_CHARACTERS = 60
+# Control characters would not be seen, or would control the terminal.
+_VISIBLE = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_COUNTS = {  # a row of the table -> the field of the statistics
+    "rows": "rows",
+    "documents": "documents",
+    "tokens": "tokens",
+    "label tokens": "label_tokens",
+    "truncated documents": "truncated",
+    "dropped documents": "dropped",
+    "skipped rows of the source": "skipped",
+}
+
+
+def show_batch(config: RunConfig, num_rows: int) -> None:
+    """Print the first ``num_rows`` packed rows of the training order, then statistics of all rows.
+
+    Works without a process group, a GPU and the base's weights, and leaves the run folder alone. Raises UserError, as
+    training does, where the tokenizer or the data cannot be used.
+    """
+    data = load_data(config)
+    out = console()
+    _show_rows(out, config, data, num_rows)
+    _show_statistics(out, config, data)
+
+
+def _show_rows(out: Console, config: RunConfig, data: RunData, num_rows: int) -> None:
+    rows, batch_size = data.rows[TRAIN], config.train.global_batch_size
+    out.print(Text.assemble("Text on which the loss is computed (label tokens) looks ", _marked("like this"), ".\n"))
+    # The order's first positions, whatever the batch size: step s takes positions s*B to (s+1)*B.
+    for position, index in enumerate(rows_of_step(0, num_rows, len(rows), config.train.seed).tolist()):
+        documents = documents_as_text(rows[index], data.tokenizer)
+        step, place = divmod(position, batch_size)
+        counts = f"tokens {rows.num_tokens[index]}, label tokens {rows.num_label_tokens[index]}"
+        title = f"step {step + 1}, row {place + 1} of {batch_size}: documents {len(documents)}, {counts}"
+        out.rule(title, align="left")
+        for number, (spans, length) in enumerate(zip(documents, rows[index].document_lengths, strict=True), start=1):
+            out.print(Text(f"-- document {number} of {len(documents)}: tokens {length}", style="bold"))
+            out.print(as_text(spans), soft_wrap=True)
+        out.print()
+
+
+def as_text(spans: Iterable[Span]) -> Text:
+    """A document for the console: spans with a label are coloured, and stand between OPEN and CLOSE."""
+    return Text.assemble(*(_marked(span.text) if span.has_label else _visible(span.text) for span in spans))
+
+
+def _marked(text: str) -> Text:
+    return Text(f"{OPEN}{_visible(text)}{CLOSE}", style=_HAS_LABEL)
+
+
+def _visible(text: str) -> str:
+    return text.translate(_VISIBLE)
+
+
+def _show_statistics(out: Console, config: RunConfig, data: RunData) -> None:
+    """First all data sets side by side, then the lengths of the documents of each."""
+    found = data_statistics(config, data.rows)
+    table = _table("", *(Column(setting, justify="right") for setting in found))
+    for name, field in _COUNTS.items():
+        table.add_row(name, *(f"{one[field]:,}" for one in found.values()))
+    table.add_row("share of label tokens", *(f"{one['label_share']:.1%}" for one in found.values()))
+    density = f"packing density: tokens / (rows * {config.data.max_length})"
+    table.add_row(density, *(f"{one['packing_density']:.1%}" for one in found.values()))
+    out.rule("data", align="left")
+    for setting, one in found.items():
+        out.print(Text(f"{setting}: {one['source']}"), soft_wrap=True)
+    out.print(table)
+    for setting, one in found.items():
+        out.print()
+        out.rule(f"{setting}: lengths of documents", align="left")
+        out.print(_histogram(one))
+        out.print()
+        out.print(_longest(one, data.rows[setting], data.tokenizer))
+
+
+def _histogram(statistics: Mapping[str, Any]) -> Table:
+    """How many documents have so many tokens, and how many have so many label tokens."""
+    by_length, by_labels = (
+        {(one["min_tokens"], one["max_tokens"]): one["documents"] for one in statistics[name]}
+        for name in ("document_lengths", "label_lengths")
+    )
+    largest = max(*by_length.values(), *by_labels.values())
+    names = ("tokens", "documents", "by label tokens")
+    tokens, lengths, labels = (Column(name, justify="right", no_wrap=True) for name in names)
+    table = _table(tokens, lengths, "", labels, "")
+    for bounds in sorted({*by_length, *by_labels}):
+        counts = by_length.get(bounds, 0), by_labels.get(bounds, 0)
+        cells = [cell for count in counts for cell in (f"{count:,}", _bar(count, largest))]
+        table.add_row(" to ".join(map(str, dict.fromkeys(bounds))), *cells)
+    return table
+
+
+def _bar(count: int, largest: int) -> str:
+    """At least one character where there is anything."""
+    return "#" * -(-count * _BAR_WIDTH // largest)
+
+
+def _longest(statistics: Mapping[str, Any], rows: TokenRows, tokenizer: Any) -> Table:
+    """Lengths, and the first words that have labels."""
+    columns = [Column(name, justify="right", no_wrap=True) for name in ("longest", "label tokens")]
+    table = _table(*columns, Column("text of the labels", no_wrap=True))
+    for one in statistics["longest"]:
+        spans = documents_as_text(rows[one["row"]], tokenizer)[one["document"]]
+        words = " ".join("".join(span.text for span in spans if span.has_label).split())
+        table.add_row(f"{one['tokens']:,}", f"{one['label_tokens']:,}", Text(_visible(words[:_EXCERPT_CHARACTERS])))
+    return table
+
+
+def _table(*columns: Column | str) -> Table:
+    return Table(*columns, box=None, pad_edge=False, padding=(0, 3, 0, 0))
