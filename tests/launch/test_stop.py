@@ -108,6 +108,7 @@ def test_a_request_during_the_imports_is_remembered(lab: Lab) -> None:
     site = lab.folder / "hold"
     site.mkdir()
     (site / "sitecustomize.py").write_text(HOLD_AT_TORCH)
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     released = lab.folder / "released"
     with ExitStack() as stack:
         processes = {}
@@ -115,7 +116,7 @@ def test_a_request_during_the_imports_is_remembered(lab: Lab) -> None:
             output = lab.folder / "output" / f"early-{number.name}"
             command = [sys.executable, TRAIN, "--config", lab.folder / "recipe.yaml"]
             command.append(f"run_dir={lab.run_dir(output.name)}")
-            hold = {"PYTHONPATH": str(site), "TEST_HELD": f"{output}.held", "TEST_RELEASED": str(released)}
+            hold = {"PYTHONPATH": path, "TEST_HELD": f"{output}.held", "TEST_RELEASED": str(released)}
             processes[output] = (number, stack.enter_context(started(command, output, **lab.environment, **hold)))
         for output, (number, process) in processes.items():
             wait_until(lambda held=Path(f"{output}.held"): held.exists(), seconds=60)  # type: ignore[misc]
