@@ -18,6 +18,7 @@ from qvtune.tasks.causal_lm import TASK
 
 WriteJsonl = Callable[..., Path]
 PAIRS = [{"prompt": "hello", "completion": " world" * count} for count in (3, 1, 8, 2, 5, 1)]
+COUNTS = ("documents", "skipped", "dropped", "truncated")
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_rows_hold_every_document_whole(
     expected = [tokenize_row(TextRow(1, **pair), tokenizer, 16) for pair in PAIRS]
     documents = [(document.ids, document.labels) for document in expected if document is not None]
     assert sorted(documents_of(rows)) == sorted(documents)
-    assert (rows.num_documents, rows.num_skipped, rows.num_dropped, rows.num_truncated) == (6, 0, 0, 0)
+    assert [rows.statistics[name] for name in COUNTS] == [6, 0, 0, 0]
     assert len(rows) < 6 if packing else len(rows) == 6
     assert packing or documents_of(rows) == documents
 
@@ -65,7 +66,7 @@ def test_skipped_dropped_and_truncated_are_counted(build: Callable[..., TokenRow
     long_prompt = {"prompt": "hello " * 20, "completion": "x"}
     long_completion = {"prompt": "hello", "completion": " world" * 20}
     rows = build(write_jsonl(*PAIRS, "not JSON", long_prompt, long_completion), on_bad_row="skip")
-    assert (rows.num_documents, rows.num_skipped, rows.num_dropped, rows.num_truncated) == (7, 1, 1, 1)
+    assert [rows.statistics[name] for name in COUNTS] == [7, 1, 1, 1]
 
 
 def test_rows_that_the_template_refuses_count_as_bad(
@@ -80,7 +81,7 @@ def test_rows_that_the_template_refuses_count_as_bad(
     with pytest.raises(UserError) as caught:
         build(path)
     assert caught.value.problems[0] == f"{path}:2: the tokenizer's chat template refuses it: no system role."
-    assert build(path, on_bad_row="skip").num_skipped == 1
+    assert build(path, on_bad_row="skip").statistics["skipped"] == 1
 
 
 def test_the_second_time_nothing_is_tokenized(

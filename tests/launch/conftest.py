@@ -34,15 +34,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def train(lab: Lab, launcher: str, name: str, *overrides: str) -> Finished:
     """Run the recipe under a launcher into ``lab.run_dir(name)``."""
-    command = [*LAUNCHERS[launcher], *_command(lab, name, *overrides)]
-    return run_command(command, lab.folder / "output" / name, timeout=240, **lab.environment)
+    launched = [*LAUNCHERS[launcher], *command(lab, name, *overrides)]
+    return run_command(launched, lab.folder / "output" / name, timeout=240, **lab.environment)
 
 
 def train_forked(lab: Lab, name: str, *overrides: str, **environment: str) -> Finished:
     """Run the recipe as one process without a launcher, in a fork of the warm interpreter."""
     folder = lab.folder / "output" / name
-    return fork_command(_command(lab, name, *overrides), folder, timeout=240, **lab.environment, **environment)
+    return fork_command(command(lab, name, *overrides), folder, timeout=240, **lab.environment, **environment)
 
 
-def _command(lab: Lab, name: str, *overrides: str) -> list[str | Path]:
+def command(lab: Lab, name: str, *overrides: str) -> list[str | Path]:
+    """The recipe into ``lab.run_dir(name)``: what follows ``python`` or a launcher."""
     return [TRAIN, "--config", lab.folder / "recipe.yaml", f"run_dir={lab.run_dir(name)}", *overrides]

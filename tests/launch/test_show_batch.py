@@ -1,22 +1,11 @@
 """launch/train.py --show-batch as it is typed."""
 
-from pathlib import Path
-
 import pytest
 
 from qvtune.train.show_batch import OPEN
-from tests.launch.conftest import TRAIN
-from tests.support.forks import fork_command, fork_ranks
+from tests.launch.conftest import command, train_forked
+from tests.support.forks import fork_ranks
 from tests.support.lab import Lab
-from tests.support.processes import Finished
-
-
-def command(lab: Lab, name: str, *arguments: str) -> list[str | Path]:
-    return [TRAIN, "--config", lab.folder / "recipe.yaml", f"run_dir={lab.run_dir(name)}", *arguments]
-
-
-def show(lab: Lab, name: str, *arguments: str) -> Finished:
-    return fork_command(command(lab, name, *arguments), lab.folder / "output" / name, timeout=240, **lab.environment)
 
 
 def test_rows_and_statistics_are_printed_and_nothing_else_happens(lab: Lab) -> None:
@@ -26,7 +15,7 @@ def test_rows_and_statistics_are_printed_and_nothing_else_happens(lab: Lab) -> N
     for file in (lab.folder / "model").iterdir():
         if file.suffix != ".safetensors":
             (without_weights / file.name).write_bytes(file.read_bytes())
-    ended = show(lab, "show", f"model.name_or_path={without_weights}", "--show-batch")
+    ended = train_forked(lab, "show", f"model.name_or_path={without_weights}", "--show-batch")
     assert (ended.code, ended.stderr) == (0, ""), ended.output
     assert "step 1, row 1 of 6: " in ended.stdout and "step 1, row 2 of 6: " in ended.stdout
     assert "row 3 of 6" not in ended.stdout
@@ -53,7 +42,7 @@ def test_under_a_launcher_rank_0_shows_it(lab: Lab) -> None:
 def test_mistakes_are_those_of_training(lab: Lab, arguments: list[str], message: str) -> None:
     (lab.folder / "bad.jsonl").write_text("{")
     words = [word.format(folder=lab.folder) for word in arguments]
-    shown, trained = (show(lab, name, *words, *option) for name, option in (("bad", ["--show-batch"]), ("worse", [])))
+    shown, trained = train_forked(lab, "bad", *words, "--show-batch"), train_forked(lab, "worse", *words)
     assert shown.code == trained.code == 2
     assert shown.stderr == trained.stderr
     assert message.format(folder=lab.folder) in shown.stderr

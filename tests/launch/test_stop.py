@@ -16,7 +16,7 @@ import pytest
 from qvtune.checkpoint.folder import complete_checkpoints, newest, verify
 from qvtune.distributed.stop_signals import REPEAT_SECONDS, SIGNALS
 from qvtune.errors import StopRequested
-from tests.launch.conftest import TRAIN, without_gpu
+from tests.launch.conftest import LAUNCHERS, TRAIN, command, without_gpu
 from tests.support.lab import Lab
 from tests.support.processes import started
 
@@ -36,10 +36,8 @@ def _ctrl_c_reaches_children() -> Iterator[None]:
 @contextmanager
 def running(lab: Lab, name: str) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
     """The launcher and its two ranks, in the middle of a run that takes hours."""
-    command = ["deepspeed", "--num_gpus", "2", TRAIN, "--config", lab.folder / "recipe.yaml"]
-    with started(
-        [*command, f"run_dir={lab.run_dir(name)}", *_LONG], lab.folder / "output" / name, **lab.environment
-    ) as launcher:
+    launched = [*LAUNCHERS["deepspeed"], *command(lab, name, *_LONG)]
+    with started(launched, lab.folder / "output" / name, **lab.environment) as launcher:
         wait_until(lambda: newest(lab.run_dir(name) / "checkpoints") is not None, seconds=500)
         family = psutil.Process(launcher.pid).children(recursive=True)
         ranks = [process for process in family if str(TRAIN) == (process.cmdline() + [""] * 3)[2]]
@@ -114,10 +112,9 @@ def test_a_request_during_the_imports_is_remembered(lab: Lab) -> None:
         processes = {}
         for number in SIGNALS:
             output = lab.folder / "output" / f"early-{number.name}"
-            command = [sys.executable, TRAIN, "--config", lab.folder / "recipe.yaml"]
-            command.append(f"run_dir={lab.run_dir(output.name)}")
+            launched = [sys.executable, *command(lab, output.name)]
             hold = {"PYTHONPATH": path, "TEST_HELD": f"{output}.held", "TEST_RELEASED": str(released)}
-            processes[output] = (number, stack.enter_context(started(command, output, **lab.environment, **hold)))
+            processes[output] = (number, stack.enter_context(started(launched, output, **lab.environment, **hold)))
         for output, (number, process) in processes.items():
             wait_until(lambda held=Path(f"{output}.held"): held.exists(), seconds=60)  # type: ignore[misc]
             assert all(has_handler(process.pid, each) for each in SIGNALS)

@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qvtune.checkpoint.folder import write as write_checkpoint
-from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import UserError
@@ -18,8 +16,8 @@ from qvtune.storage.files import write_json
 from qvtune.storage.paths import cache_dir
 from qvtune.train.preflight import find_problems, preflight
 from qvtune.train.prepare import prepare
-from qvtune.train.run_folder import trajectory_settings
 from tests.support.tiny import ENCODERS, make_model_folder
+from tests.train.test_run_folder import write_checkpoint
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -150,21 +148,13 @@ def test_a_run_is_resumed_on_the_rows_that_it_was_started_with(tmp_path: Path, m
     """Even where every number of the data set is the same: the tokens are others."""
     config = make_config()
     plan = preflight(config, world_size=1, on_gpus=True)
-    write_json(make_run_folder(tmp_path / "run", config) / "data.json", plan.data_statistics)
+    write_checkpoint(config, step=1)
+    write_json(Path(config.run_dir) / "data.json", plan.data_statistics)
     resumed = preflight(config, world_size=1, on_gpus=True)
     assert resumed.resume is not None and resumed.data_statistics == plan.data_statistics
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "what", "completion": " does it"}) + "\n")
     with pytest.raises(UserError, match=r"^data\.train: not the rows .* \(crc32 \w{8}, was \w{8}\): set it back"):
         preflight(config, world_size=1, on_gpus=True)
-
-
-def make_run_folder(run_dir: Path, config: RunConfig) -> Path:
-    """With a checkpoint as far as a start looks at it before the base is loaded."""
-    trainer = TrainerState(step=1, trajectory=trajectory_settings(config))
-    write_checkpoint(
-        run_dir / "checkpoints", 1, lambda folder: write_json(folder / "trainer_state.json", vars(trainer))
-    )
-    return run_dir
 
 
 def test_problems_are_found_without_tokenizing(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -37,18 +37,10 @@ class TokenRows:
     Attributes:
         statistics: ``Statistics`` of the rows, as plain JSON values.
         num_tokens, num_label_tokens: of each row, [rows] int64.
-        num_documents: documents in all rows.
-        num_truncated: documents that were truncated to max_length.
-        num_dropped: documents that were dropped because they have no label within max_length.
-        num_skipped: bad rows of the file that were skipped.
     """
 
     def __init__(self, folder: Path) -> None:
         self.statistics: dict[str, Any] = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
-        self.num_documents: int = self.statistics["documents"]
-        self.num_skipped: int = self.statistics["skipped"]
-        self.num_dropped: int = self.statistics["dropped"]
-        self.num_truncated: int = self.statistics["truncated"]
         self._table = _memory_map(folder / ROWS_FILE)
         self.num_tokens: NDArray[np.int64] = self._table.data.column("num_tokens").to_numpy()
         self.num_label_tokens: NDArray[np.int64] = self._table.data.column("num_label_tokens").to_numpy()

@@ -101,15 +101,15 @@ def data_statistics(config: RunConfig, rows: Mapping[str, TokenRows]) -> dict[st
     }
 
 
-def describe(rows: TokenRows) -> str:
+def describe(statistics: Mapping[str, Any]) -> str:
     """A data set in one line."""
-    text = f"{rows.num_documents} documents in {len(rows)} rows, {int(rows.num_tokens.sum())} tokens"
-    for count, what in (
-        (rows.num_skipped, "bad rows skipped (data.on_bad_row)"),
-        (rows.num_truncated, "documents truncated to data.max_length"),
-        (rows.num_dropped, "documents dropped: no label token within data.max_length"),
+    text = "{documents} documents in {rows} rows, {tokens} tokens".format_map(statistics)
+    for name, what in (
+        ("skipped", "bad rows skipped (data.on_bad_row)"),
+        ("truncated", "documents truncated to data.max_length"),
+        ("dropped", "documents dropped: no label token within data.max_length"),
     ):
-        text += f"; {count} {what}" if count else ""
+        text += f"; {statistics[name]} {what}" if statistics[name] else ""
     return text
 
 

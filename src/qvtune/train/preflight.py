@@ -223,5 +223,5 @@ def _max_steps(config: RunConfig, num_rows: int) -> int:
 
 def _log(found: _Inspected, rows: Mapping[str, TokenRows]) -> None:
     if process_group.is_main():
-        for line in (found.reasons, *(f"{name}: {describe(one)}" for name, one in rows.items())):
+        for line in (found.reasons, *(f"{name}: {describe(one.statistics)}" for name, one in rows.items())):
             console().print(line)

@@ -48,12 +48,13 @@ def _show_rows(out: Console, config: RunConfig, data: RunData, num_rows: int) ->
     out.print(Text.assemble("Text on which the loss is computed (label tokens) looks ", _marked("like this"), ".\n"))
     # The order's first positions, whatever the batch size: step s takes positions s*B to (s+1)*B.
     for position, index in enumerate(rows_of_step(0, num_rows, len(rows), config.train.seed).tolist()):
-        documents = documents_as_text(rows[index], data.tokenizer)
+        row = rows[index]
+        documents = documents_as_text(row, data.tokenizer)
         step, place = divmod(position, batch_size)
         counts = f"tokens {rows.num_tokens[index]}, label tokens {rows.num_label_tokens[index]}"
         title = f"step {step + 1}, row {place + 1} of {batch_size}: documents {len(documents)}, {counts}"
         out.rule(title, align="left")
-        for number, (spans, length) in enumerate(zip(documents, rows[index].document_lengths, strict=True), start=1):
+        for number, (spans, length) in enumerate(zip(documents, row.document_lengths, strict=True), start=1):
             out.print(Text(f"-- document {number} of {len(documents)}: tokens {length}", style="bold"))
             out.print(as_text(spans), soft_wrap=True)
         out.print()
