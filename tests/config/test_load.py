@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from qvtune.config.data import SourceSection
 from qvtune.config.load import dump_config, load_config
 from qvtune.config.schema import RunConfig, TrainSection
 from qvtune.errors import UserError
@@ -55,7 +56,7 @@ def test_names_that_other_parts_rely_on_are_there() -> None:
         "adapter": "method projections rank alpha dropout",
         "optimizer": "lr lr_multipliers betas eps weight_decay max_grad_norm",
         "schedule": "name warmup_ratio min_ratio",
-        "data": "train eval format max_length packing on_bad_row",
+        "data": "train eval format loss_on max_length packing on_bad_row",
         "train": "max_steps epochs global_batch_size micro_batch_size seed eval_every save_every "
         "activation_checkpointing stop_after_step",
         "checkpoint": "keep resume",
@@ -246,6 +247,69 @@ def test_bad_value_is_named_with_what_is_allowed(tmp_path: Path, override: str, 
     assert problem.startswith(f"command line, `{override}`: `{override.split('=')[0].split('.')[0]}")
     assert said in problem
     assert "Input should" not in problem
+
+
+def test_sources_are_texts_mappings_lists_and_named_sets(tmp_path: Path) -> None:
+    text = """
+data:
+  train: [a.jsonl, {path: b, weight: 2, columns: {prompt: question, completion: 2}}, demo]
+  eval: {mathematics: {path: c, split: test}, all: [d, {path: e, format: text, loss_on: all}]}
+  format: chat
+"""
+    config = load_config(write(tmp_path, SMALLEST + text))
+    first, second, demo = config.data.train_sources
+    assert first == SourceSection(path="a.jsonl", format="chat", loss_on="answers")
+    assert (second.path, second.weight, second.columns) == ("b", 2.0, {"prompt": "question", "completion": 2})
+    assert (demo.path, demo.split) == ("demo", "train")
+    sets = config.data.eval_sets
+    assert [(name, [one.path for one in sources]) for name, sources in sets.items()] == [
+        ("mathematics", ["c"]),
+        ("all", ["d", "e"]),
+    ]
+    assert (sets["mathematics"][0].split, sets["mathematics"][0].format) == ("test", "chat")
+    assert (sets["all"][1].format, sets["all"][1].loss_on) == ("text", "all")
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_one_source_for_evaluation_is_the_set_eval(tmp_path: Path) -> None:
+    for value in ("demo", "{path: demo}", "[demo]"):
+        (source,) = load_config(write(tmp_path, SMALLEST), [f"data.eval={value}"]).data.eval_sets["eval"]
+        assert (source.path, source.split) == ("demo", "eval")
+    assert load_config(write(tmp_path, SMALLEST)).data.eval_sets == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("{pth: x, split: a}", ["`data.eval.path` is not set", "`data.eval.pth` is not a setting; did you mean"]),
+        ("[a, {path: b, max_rows: 0}]", ["`data.eval[1].max_rows` is 0; it must be greater than 0"]),
+        ("[]", ["`data.eval` is []; it must have at least one source"]),
+        ("[3]", ["`data.eval[0]` is 3; it must be text"]),
+        ("{path: 2}", ["`data.eval.path` is 2; it must be text"]),
+        ("{a b: x}", ["`data.eval.a b` is 'a b'; it must have a name of letters"]),
+        ("{1: x}", ["`data.eval` has the key 1; a key must be text"]),
+        ("{one: {path: x, splt: y}}", ["did you mean `data.eval.one.split`?"]),
+        ("{path: x, columns: {promt: y}}", ["`data.eval.columns` has the key 'promt'; allowed: ", "`prompt`?"]),
+        ("{path: x, columns: {prompt: yes}}", ["`data.eval.columns.prompt` is True; it must be the name of a column"]),
+        ("{path: x, format: jsonl}", ["`data.eval.format` is 'jsonl'; allowed: auto, chat"]),
+    ],
+)
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_mistakes_in_sources_are_named_with_their_place(
+    tmp_path: Path, value: str, said: list[str], where: str
+) -> None:
+    if where == "file":
+        problems = problems_of(tmp_path, f"{SMALLEST}data:\n  train: x\n  eval: {value}")
+    else:
+        problems = problems_of(tmp_path, SMALLEST, f"data.eval={value}")
+    place = f"{tmp_path / 'recipe.yaml'}, line 5: `" if where == "file" else f"command line, `data.eval={value}`: `"
+    assert all(problem.startswith(place) for problem in problems), problems
+    assert all(any(part in problem for problem in problems) for part in said), problems
+
+
+def test_a_source_in_a_list_is_placed_by_its_own_line(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path, SMALLEST + "data:\n  train:\n    - a\n    - path: b\n      wieght: 1\n")
+    assert problem.startswith(f"{tmp_path / 'recipe.yaml'}, line 7: `data.train[1].wieght` is not a setting")
 
 
 def test_full_has_no_factors(tmp_path: Path) -> None:

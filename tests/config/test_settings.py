@@ -2,8 +2,9 @@
 
 import pytest
 
+from qvtune.config.data import SourceSection
 from qvtune.config.schema import RunConfig
-from qvtune.config.settings import TOP_LEVEL, markdown, sections, show_settings
+from qvtune.config.settings import SOURCE_SECTION, TOP_LEVEL, markdown, sections, show_settings
 from qvtune.errors import UserError
 from tests.config.test_load import SETTINGS
 from tests.support.documentation import COMMANDS_README, names_of_generated_parts, with_generated_parts
@@ -16,8 +17,9 @@ def shown(capsys: pytest.CaptureFixture[str], section: str = "") -> str:
 
 def test_every_setting_is_there_once_with_its_meaning() -> None:
     named = [setting.name for settings in sections().values() for setting in settings]
-    groups = set(sections()) - {TOP_LEVEL}
-    assert sorted(named) == sorted(set(SETTINGS) - groups)
+    groups = set(sections()) - {TOP_LEVEL, SOURCE_SECTION}
+    of_a_source = [f"{SOURCE_SECTION}.{name}" for name in SourceSection.model_fields]
+    assert sorted(named) == sorted({*SETTINGS, *of_a_source} - groups)
     unexplained = [one.name for settings in sections().values() for one in settings if len(one.description) < 10]
     assert unexplained == []
 
@@ -35,7 +37,9 @@ def test_every_setting_is_there_once_with_its_meaning() -> None:
         ("optimizer.betas", "list of 2: number >= 0, < 1", "[0.9, 0.999]"),
         ("schedule.warmup_ratio", "number >= 0, <= 1", "0.03"),
         ("train.max_steps", "whole number > 0 or null", "null"),
-        ("data.eval", "text or null", "null"),
+        ("data.train", "text, source, or list of these", "demo"),
+        ("data.train.columns", "mapping: text -> text or whole number > 0", "{}"),
+        ("data.eval", "text, source, list of these, mapping: name of a set -> these, or null", "null"),
     ],
 )
 def test_types_and_defaults_are_in_words(name: str, type_: str, default: str) -> None:

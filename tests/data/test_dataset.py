@@ -24,8 +24,8 @@ COUNTS = ("documents", "skipped", "dropped", "truncated")
 @pytest.fixture
 def build(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., TokenRows]:
     def build_rows(path: Path, **settings: Any) -> TokenRows:
-        config = DataSection.model_validate({"max_length": 16, **settings})
-        return build_token_rows(path, config, tokenizer, TASK, tmp_path / "cache")
+        config = DataSection.model_validate({"train": str(path), "max_length": 16, **settings})
+        return build_token_rows(config.train_sources[0], config, tokenizer, TASK, tmp_path / "cache")
 
     return build_rows
 
@@ -45,7 +45,7 @@ def test_rows_hold_every_document_whole(
     packing: bool, build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = build(write_jsonl(*PAIRS), packing=packing)
-    expected = [tokenize_row(TextRow(1, **pair), tokenizer, 16) for pair in PAIRS]
+    expected = [tokenize_row(TextRow("rows.jsonl:1", **pair), tokenizer, 16) for pair in PAIRS]
     documents = [(document.ids, document.labels) for document in expected if document is not None]
     assert sorted(documents_of(rows)) == sorted(documents)
     assert [rows.statistics[name] for name in COUNTS] == [6, 0, 0, 0]

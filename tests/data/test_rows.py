@@ -27,22 +27,25 @@ def problems_of(path: Path, **settings: str) -> tuple[str, ...]:
 
 
 def test_chat_rows_with_line_numbers_and_blank_lines(write_jsonl: WriteJsonl) -> None:
-    rows, num_skipped = read(write_jsonl(CHAT, "", "  ", {**CHAT, "source": "extra keys do not matter"}))
-    assert rows == [ChatRow(1, (QUESTION, ANSWER)), ChatRow(4, (QUESTION, ANSWER))]
+    path = write_jsonl(CHAT, "", "  ", {**CHAT, "source": "extra keys do not matter"})
+    rows, num_skipped = read(path)
+    assert rows == [ChatRow(f"{path}:1", (QUESTION, ANSWER)), ChatRow(f"{path}:4", (QUESTION, ANSWER))]
     assert num_skipped == 0
 
 
 def test_sharegpt_rows_equal_chat_rows(write_jsonl: WriteJsonl) -> None:
     turns = [("system", "Add."), ("human", "2 + 2?"), ("gpt", "4")]
-    rows, _ = read(write_jsonl({"conversations": [{"from": role, "value": text} for role, text in turns]}))
-    assert rows == [ChatRow(1, ({"role": "system", "content": "Add."}, QUESTION, ANSWER))]
+    path = write_jsonl({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    rows, _ = read(path)
+    assert rows == [ChatRow(f"{path}:1", ({"role": "system", "content": "Add."}, QUESTION, ANSWER))]
 
 
 def test_prompt_completion_as_text_and_as_messages(write_jsonl: WriteJsonl) -> None:
-    rows, _ = read(write_jsonl(PAIR, {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}))
+    path = write_jsonl(PAIR, {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]})
+    rows, _ = read(path)
     assert rows == [
-        TextRow(1, "2 + 2 =", " 4"),
-        ChatRow(2, (QUESTION, ANSWER, QUESTION, ANSWER), first_reply=3),
+        TextRow(f"{path}:1", "2 + 2 =", " 4"),
+        ChatRow(f"{path}:2", (QUESTION, ANSWER, QUESTION, ANSWER), first_reply=3),
     ]
 
 
@@ -53,8 +56,9 @@ def test_a_row_with_both_formats_follows_the_setting(write_jsonl: WriteJsonl) ->
 
 
 def test_byte_order_mark_and_windows_line_ends(write_jsonl: WriteJsonl) -> None:
-    rows, _ = read(write_jsonl(b'\xef\xbb\xbf{"prompt": "a", "completion": "\xc3\xa9"}\r'))
-    assert rows == [TextRow(1, "a", "é")]
+    path = write_jsonl(b'\xef\xbb\xbf{"prompt": "a", "completion": "\xc3\xa9"}\r')
+    rows, _ = read(path)
+    assert rows == [TextRow(f"{path}:1", "a", "é")]
 
 
 BAD_ROWS = [
@@ -99,7 +103,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(row: Any, reason: str, write
     assert problem.startswith(f"{path}:2: {reason}")
     assert advice == "1 rows are good; data.on_bad_row=skip skips the bad ones."
     rows, num_skipped = read(path, on_bad_row="skip")
-    assert (rows, num_skipped) == ([ChatRow(3, (QUESTION, ANSWER))], 1)
+    assert (rows, num_skipped) == ([ChatRow(f"{path}:3", (QUESTION, ANSWER))], 1)
 
 
 def test_formats_must_not_mix(write_jsonl: WriteJsonl) -> None:

@@ -50,12 +50,14 @@ def labelled_runs(row: PackedRow) -> list[list[int]]:
 
 def chat(*contents: str) -> ChatRow:
     roles = ("user", "assistant") * len(contents)
-    return ChatRow(1, tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False)))
+    return ChatRow(
+        "rows.jsonl:1", tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False))
+    )
 
 
 def test_what_is_shown_as_trained_decodes_to_the_labels_and_nothing_else() -> None:
     tokenizer = make_tokenizer()
-    row = packed([chat(*TURNS), TextRow(2, "what 東", "京 does\n"), chat("", "x")], tokenizer)
+    row = packed([chat(*TURNS), TextRow("rows.jsonl:2", "what 東", "京 does\n"), chat("", "x")], tokenizer)
     documents = documents_as_text(row, tokenizer)
     trained = [span.text for spans in documents for span in spans if span.has_label]
     assert trained == [tokenizer.decode(run) for run in labelled_runs(row)]
@@ -70,7 +72,7 @@ def test_what_is_shown_as_trained_decodes_to_the_labels_and_nothing_else() -> No
 def test_a_space_at_the_start_of_a_span_is_shown() -> None:
     """Decoded alone, the tokens of the completion would lose it."""
     tokenizer = sentencepiece_like()
-    row = packed([TextRow(1, "hello", "world"), TextRow(2, "Hi 東", "京 yes")], tokenizer)
+    row = packed([TextRow("rows.jsonl:1", "hello", "world"), TextRow("rows.jsonl:2", "Hi 東", "京 yes")], tokenizer)
     assert tokenizer.decode(labelled_runs(row)[0]) == "world</s>"
     assert documents_as_text(row, tokenizer) == [
         [Span("hello", False), Span(" world</s>", True)],

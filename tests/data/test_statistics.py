@@ -82,9 +82,10 @@ def test_the_statistics_of_a_file_are_kept_with_its_rows(
     """More rows than Arrow writes in one batch."""
     pairs = [{"prompt": "hello", "completion": " world" * (1 + index % 7)} for index in range(1500)]
     long = {"prompt": "hello", "completion": " world" * 20}
-    config = DataSection(max_length=16, packing=packing, on_bad_row="skip")
     path = write_jsonl(*pairs, long, "not JSON")
-    rows = build_token_rows(path, config, tokenizer, TASK, tmp_path / "cache")
+    config = DataSection(train=str(path), max_length=16, packing=packing, on_bad_row="skip")
+    (source,) = config.train_sources
+    rows = build_token_rows(source, config, tokenizer, TASK, tmp_path / "cache")
     found = rows.statistics
     assert {name: found[name] for name in ("rows", "documents", "tokens", "label_tokens")} == counted_one_by_one(rows)
     assert (found["truncated"], found["dropped"], found["skipped"]) == (1, 0, 1)
@@ -93,5 +94,5 @@ def test_the_statistics_of_a_file_are_kept_with_its_rows(
     assert len(found["longest"]) == NUM_LONGEST and found["longest"][0]["tokens"] == 16
     for one in found["longest"]:
         assert rows[one["row"]].document_lengths[one["document"]] == one["tokens"]
-    again = build_token_rows(path, config, tokenizer, TASK, tmp_path / "another cache")
+    again = build_token_rows(source, config, tokenizer, TASK, tmp_path / "another cache")
     assert again.statistics == found

@@ -16,7 +16,7 @@ def chat(*turns: str, first_reply: int = 0) -> ChatRow:
     """Alternate user and assistant."""
     roles = ("user", "assistant")
     messages = tuple({"role": roles[index % 2], "content": text} for index, text in enumerate(turns))
-    return ChatRow(7, messages, first_reply)
+    return ChatRow("rows.jsonl:7", messages, first_reply)
 
 
 def tokenized(row: Any, tokenizer: PreTrainedTokenizerFast, max_length: int = LONG) -> Document:
@@ -97,7 +97,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrained
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     )
     assert learned_texts(tokenized(chat("hello", "world"), tokenizer), tokenizer) == ["thinkingworld"]
-    with pytest.raises(UserError, match="row in line 7, message 1") as caught:
+    with pytest.raises(UserError, match=r"rows\.jsonl:7, message 1") as caught:
         tokenize_row(chat("hello", "world", "hello", "world"), tokenizer, LONG)
     assert "chat_template.jinja" in str(caught.value)
 
@@ -132,7 +132,7 @@ def test_a_tokenizer_without_chat_template(tokenizer: PreTrainedTokenizerFast) -
 
 
 def test_text_rows_are_prompt_completion_and_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    document = tokenized(TextRow(1, "hello", " world"), tokenizer)
+    document = tokenized(TextRow("rows.jsonl:1", "hello", " world"), tokenizer)
     prompt, completion = tokenizer("hello")["input_ids"], tokenizer(" world")["input_ids"]
     assert document.ids == [*prompt, *completion, tokenizer.eos_token_id]
     assert document.labels == [IGNORE_INDEX] * len(prompt) + [*completion, tokenizer.eos_token_id]
@@ -143,20 +143,20 @@ def test_text_rows_begin_as_the_tokenizer_begins_and_end_once(tokenizer: PreTrai
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"<|im_start|> $A {end}", special_tokens=[("<|im_start|>", 1), (end, 2)]
     )
-    document = tokenized(TextRow(1, "hello", " world"), tokenizer)
+    document = tokenized(TextRow("rows.jsonl:1", "hello", " world"), tokenizer)
     assert tokenizer.decode(document.ids) == "<|im_start|>hello world<|im_end|>"
     assert learned_texts(document, tokenizer) == [" world<|im_end|>"]
 
 
 def test_an_empty_prompt_leaves_the_first_token_without_a_label(tokenizer: PreTrainedTokenizerFast) -> None:
-    document = tokenized(TextRow(1, "", "hello"), tokenizer)
+    document = tokenized(TextRow("rows.jsonl:1", "", "hello"), tokenizer)
     assert document.labels == [IGNORE_INDEX, *document.ids[1:]]
 
 
 def test_text_rows_need_an_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
-        tokenize_row(TextRow(1, "hello", " world"), tokenizer, LONG)
+        tokenize_row(TextRow("rows.jsonl:1", "hello", " world"), tokenizer, LONG)
 
 
 def test_truncation_cuts_the_end(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -55,7 +55,7 @@ def token_rows(lab: Lab) -> TokenRows:
     """The rows that a run of ``lab`` trains on."""
     config = RunConfig.model_validate(lab.config("reference"))
     tokenizer = AutoTokenizer.from_pretrained(lab.folder / "model")
-    return build_token_rows(Path(config.data.train), config.data, tokenizer, TASK, lab.folder / "tokens")
+    return build_token_rows(config.data.train_sources[0], config.data, tokenizer, TASK, lab.folder / "tokens")
 
 
 def summed_loss(model: Any, row: PackedRow) -> torch.Tensor:

@@ -6,7 +6,9 @@ from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from qvtune.config.data import SOURCE, TAGS, SourceSection
 from qvtune.config.problems import describe, section_type
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
@@ -47,7 +49,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         details = [detail for detail in error.errors() if detail["type"] != "one_length"]  # reported above, with places
-        problems += [f"{_place(detail['loc'], places)}: {describe(detail, RunConfig)}" for detail in details]
+        problems += [f"{_place(_untagged(detail['loc']), places)}: {_describe(detail)}" for detail in details]
     if problems:
         raise UserError(problems)
     assert config is not None
@@ -101,8 +103,19 @@ def _record_keys(node: yaml.MappingNode, parents: tuple[str, ...], path: Path, p
         if key in places:
             problems.append(f"{place}: `{'.'.join(key)}` is set a second time (first: {places[key]}); keep one")
         places[key] = place
-        if isinstance(value_node, yaml.MappingNode):
-            problems += _record_keys(value_node, key, path, places)
+        problems += _record_below(value_node, key, path, places)
+    return problems
+
+
+def _record_below(node: yaml.Node, key: tuple[str, ...], path: Path, places: Places) -> list[str]:
+    """The same for a value: a mapping, or a list in which there may be some."""
+    if isinstance(node, yaml.MappingNode):
+        return _record_keys(node, key, path, places)
+    problems: list[str] = []
+    for index, item in enumerate(node.value if isinstance(node, yaml.SequenceNode) else ()):
+        place = (*key, str(index))
+        places[place] = f"{path}, line {item.start_mark.line + 1}"
+        problems += _record_below(item, place, path, places)
     return problems
 
 
@@ -147,6 +160,19 @@ def _length_problems(train: Any, places: Places) -> list[str]:
     clear = next((key for key in given if not where[key].startswith("command line")), given[0])
     settings = " and ".join(f"`train.{key}` = {train[key]!r} ({where[key]})" for key in given)
     return [f"{settings} are both set; only one may be: clear the other, e.g. with `train.{clear}=null`"]
+
+
+def _untagged(location: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Without what pydantic says of the kinds of sources."""
+    return tuple(part for part in location if part not in TAGS)
+
+
+def _describe(detail: ErrorDetails) -> str:
+    """Keys of a source are compared with those of a source, wherever it stands."""
+    location = detail["loc"]
+    start = location.index(SOURCE) + 1 if SOURCE in location else 0
+    model = SourceSection if start else RunConfig
+    return describe(detail | {"loc": _untagged(location[start:])}, model, _untagged(location[:start]))
 
 
 def _place(location: Sequence[str | int], places: Mapping[tuple[str, ...], str]) -> str:

@@ -41,10 +41,10 @@ def suggestion(candidates: Sequence[str], allowed: Collection[str]) -> str:
     return f"allowed: {', '.join(allowed)}"
 
 
-def describe(error: ErrorDetails, model: type[BaseModel], path: Sequence[str] = ()) -> str:
+def describe(error: ErrorDetails, model: type[BaseModel], path: Sequence[str | int] = ()) -> str:
     """One sentence for ``error``: what was found, what is allowed. ``path`` leads to ``model``, which was validated."""
     location = error["loc"]
-    name = dotted((*path, *location))
+    name = dotted((*path, *(part for part in location if part != "[key]")))
     match error["type"]:
         case "extra_forbidden" | "invalid_key":
             return f"`{name}` is not a setting; {_suggest_key(model, location, path)}"
@@ -54,15 +54,17 @@ def describe(error: ErrorDetails, model: type[BaseModel], path: Sequence[str] = 
             choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
             nearest = closest(error["input"], choices)
             hint = f"; {suggestion(nearest, choices)}" if nearest else ""
-            return f"`{name}` is {error['input']!r}; allowed: {', '.join(choices)}{hint}"
-        case "string_type" if location[-1] == "[key]":
+            is_key = location[-1] == "[key]"
+            found = f"{dotted((*path, *location[:-2]))}` has the key" if is_key else f"{name}` is"
+            return f"`{found} {error['input']!r}; allowed: {', '.join(choices)}{hint}"
+        case "string_type" if "[key]" in location:
             return f"`{dotted((*path, *location[:-2]))}` has the key {error['input']!r}; a key must be text"
         case kind:
             must_be = _MUST_BE.get(kind) or error["msg"].replace("Input should", "must").removeprefix("Value error, ")
             return f"`{name}` is {error['input']!r}; it {must_be}"
 
 
-def _suggest_key(model: type[BaseModel], location: Sequence[str | int], path: Sequence[str]) -> str:
+def _suggest_key(model: type[BaseModel], location: Sequence[str | int], path: Sequence[str | int]) -> str:
     """Suggest keys of the same name in other sections and the closest one in this; else similar ones elsewhere."""
     *parents, unknown = (str(part) for part in location)
     settings = list(_settings(model))

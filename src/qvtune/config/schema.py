@@ -1,41 +1,17 @@
-"""Every setting of a run with its type, unit and default. No other module defines a default of a setting."""
+"""Every setting of a run with its type, unit and default: here, and in ``config/data.py`` those of the data.
 
-from typing import Annotated, Any, Literal, Self
+No other module defines a default of a setting.
+"""
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from qvtune.config.data import DataSection as DataSection
+from qvtune.config.section import Beta, NonNegative, Number, Positive, PositiveNumber, Ratio, Section
 
-def _not_true_or_false(value: Any) -> Any:
-    """Refuses ``max_steps: yes``, which pydantic would read as 1."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("bool_as_number", "must be a number (YAML reads yes, no, on, off as true or false)")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_not_true_or_false)]
-Number = Annotated[float, BeforeValidator(_not_true_or_false), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(gt=0)]
-NonNegative = Annotated[Integer, Field(ge=0)]
-PositiveNumber = Annotated[Number, Field(gt=0)]
-Ratio = Annotated[Number, Field(ge=0, le=1)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
 Projection = Literal["q", "k", "v", "o"]
-
-
-class Section(BaseModel):
-    """An immutable group of settings; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
 class ModelSection(Section):
@@ -132,22 +108,6 @@ class ScheduleSection(Section):
         default=0.03, description="fraction of all steps in which the rate rises linearly from 0"
     )
     min_ratio: Ratio = Field(default=0.0, description="multiplier that linear and cosine fall towards")
-
-
-class DataSection(Section):
-    """Training and evaluation rows, and how they are packed."""
-
-    train: str = Field(default="demo", description="JSONL file, or `demo` = questions on the Python standard library")
-    eval: str | None = Field(default=None, description="JSONL file, `demo`, or null = no evaluation")
-    format: Literal["auto", "chat", "prompt_completion"] = Field(
-        default="auto", description="format of the rows; auto = by the keys of the first row"
-    )
-    max_length: Annotated[Integer, Field(ge=8)] = Field(default=1024, description="tokens per row")
-    packing: bool = Field(default=True, description="several documents per row; each attends only to itself")
-    on_bad_row: Literal["error", "skip"] = Field(
-        default="error",
-        description="a row that cannot be used: error = refuse the data; skip = leave it out and log the number",
-    )
 
 
 class TrainSection(Section):

@@ -9,12 +9,14 @@ from pydantic import BaseModel
 from rich.table import Column, Table
 from rich.text import Text
 
+from qvtune.config.data import DataSection, SourceSection
 from qvtune.config.problems import closest, section_type, suggestion
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.errors import UserError
 
 TOP_LEVEL = "top level"
+SOURCE_SECTION = "data.train"  # where a source is written; data.eval takes the same
 _BOUNDS = {  # JSON schema's words, and those that pydantic keeps of nested types
     "> ": ("exclusiveMinimum", "gt"),
     ">= ": ("minimum", "ge"),
@@ -36,11 +38,17 @@ class Setting:
 
 def sections() -> dict[str, list[Setting]]:
     """Section -> its settings; first the settings outside sections, under ``TOP_LEVEL``."""
-    found = {TOP_LEVEL: list(_settings(RunConfig, ""))}
+    return {name: list(_settings(model, "" if name == TOP_LEVEL else f"{name}.")) for name, model in _models().items()}
+
+
+def _models() -> dict[str, type[BaseModel]]:
+    found: dict[str, type[BaseModel]] = {TOP_LEVEL: RunConfig}
     for name, field in RunConfig.model_fields.items():
         section = section_type(field.annotation)
         if section is not None:
-            found[name] = list(_settings(section, f"{name}."))
+            found[name] = section
+        if section is DataSection:
+            found[SOURCE_SECTION] = SourceSection
     return found
 
 
@@ -65,12 +73,12 @@ def markdown() -> str:
     """The same as tables in Markdown, one for each section."""
     lines = []
     for section, settings in sections().items():
-        model = RunConfig if section == TOP_LEVEL else section_type(RunConfig.model_fields[section].annotation)
-        assert model is not None and model.__doc__
+        doc = _models()[section].__doc__
+        assert doc
         lines += [
             f"### {section}",
             "",
-            model.__doc__.replace("``", "`"),
+            doc.replace("``", "`"),
             "",
             "| setting | type | default | meaning |",
             "|---|---|---|---|",
@@ -109,7 +117,7 @@ def _type(node: Mapping[str, Any]) -> str:
             limits = [sign + f"{node[word]}" for sign, words in _BOUNDS.items() for word in words if word in node]
             return " ".join(["whole number" if kind == "integer" else "number", ", ".join(limits)]).strip()
         case kind:
-            return _TYPES[kind]
+            return _TYPES.get(kind, str(kind))  # a type of ours is already in words
 
 
 def _as_yaml(value: object) -> str:

@@ -13,10 +13,11 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qvtune.config.schema import DataSection
+from qvtune.config.data import DataSection, SourceSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow, pack
 from qvtune.data.rows import BadRowError, BadRows, Row, file_sha256, read_rows
+from qvtune.data.sources import source_file
 from qvtune.data.statistics import RowBlock, statistics
 from qvtune.data.tokenize import FIXED_DATE, Document
 from qvtune.errors import UserError
@@ -63,21 +64,21 @@ class RowTokenizer(Protocol):
 
 
 def build_token_rows(
-    path: Path,
+    source: SourceSection,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     task: RowTokenizer,
     cache_dir: Path,
     between_rows: Callable[[], None] = lambda: None,
 ) -> TokenRows:
-    """Return the rows of a JSONL file, from ``cache_dir`` if the same file was tokenized in the same way before.
+    """Return the rows of a source, from ``cache_dir`` if the same rows were tokenized in the same way before.
 
     Raises UserError for a file, rows or a tokenizer that cannot be used, and whatever ``between_rows`` raises; then the
     cache is unchanged.
     """
-    folder = cache_dir / _fingerprint(path, config, tokenizer, task.name)
+    folder = cache_dir / _fingerprint(source, config, tokenizer, task.name)
     if not folder.is_dir():
-        documents, counts = _tokenize_file(path, config, tokenizer, task, between_rows)
+        documents, counts = _tokenize_source(source, config, tokenizer, task, between_rows)
         lengths = [len(document) for document, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with atomic_folder(folder, if_taken="keep") as private:
@@ -103,15 +104,16 @@ def _blocks(path: Path) -> Iterator[RowBlock]:
 IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
-def _tokenize_file(
-    path: Path,
+def _tokenize_source(
+    source: SourceSection,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     task: RowTokenizer,
     between_rows: Callable[[], None],
 ) -> tuple[list[IdsAndLabels], dict[str, int]]:
-    rows, num_skipped = read_rows(path, config.format, config.on_bad_row, between_rows)
-    refused = BadRows(path, config.on_bad_row)
+    path = source_file(source)
+    rows, num_skipped = read_rows(path, source.format or config.format, config.on_bad_row, between_rows)
+    refused = BadRows(str(path), config.on_bad_row)
     documents: list[IdsAndLabels] = []
     num_dropped = num_truncated = 0
     for row in rows:
@@ -119,7 +121,7 @@ def _tokenize_file(
         try:
             document = task.tokenize(row, tokenizer, config.max_length)
         except BadRowError as reason:
-            refused.add(row.line, reason)
+            refused.add(row.place, reason)
             continue
         if document is None:
             num_dropped += 1
@@ -163,17 +165,17 @@ def _write_rows(
         writer.finalize()
 
 
-def _fingerprint(path: Path, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
+def _fingerprint(source: SourceSection, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
     """Hash of everything that determines the content of the rows."""
     parts = {
         "version": CACHE_VERSION,
         "task": task,
         "template_date": FIXED_DATE,
-        "file": file_sha256(path),
+        "file": file_sha256(source_file(source)),
         "tokenizer": _tokenizer_definition(tokenizer),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
-        "config": config.model_dump(include={"format", "max_length", "packing", "on_bad_row"}),
+        "config": config.model_dump(include={"max_length", "packing", "on_bad_row"}) | {"format": source.format},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -14,60 +14,92 @@ from qvtune.errors import UserError
 
 MAX_PROBLEMS_SHOWN = 10
 ROLES = ("system", "user", "assistant")
+MESSAGE_KEYS = ("tool_calls", "reasoning_content", "tool_call_id", "name")  # beside role and content
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ChatRow:
-    """A conversation; ``messages`` hold ``role`` (one of ROLES) and ``content``.
+    """A conversation, as the tokenizer's chat template takes it.
 
     Assistant messages from index ``first_reply`` on have labels, those before it are context.
+
+    Attributes:
+        place: of the row, for messages: ``FILE:LINE``, or ``FILE row N``.
+        messages: ``role`` (one of ROLES) and ``content`` (text), and where the row has them MESSAGE_KEYS.
+        tools: descriptions of functions that the model may call; None where the row has none.
     """
 
-    line: int
+    place: str
     messages: tuple[Message, ...]
     first_reply: int = 0
+    tools: tuple[dict[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
 class TextRow:
     """A prompt without labels and its completion, which has labels."""
 
-    line: int
+    place: str
     prompt: str
     completion: str
 
 
-Row = ChatRow | TextRow
+@dataclass(frozen=True)
+class PlainTextRow:
+    """Text whose tokens all have labels; what is longer than ``max_length`` tokens is divided, not cut."""
+
+    place: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """A text, or a pair of texts, and its class or number as text: `0`, `positive`, `3.6`."""
+
+    place: str
+    text: str
+    text_pair: str | None
+    label: str
+
+
+Row = ChatRow | TextRow | PlainTextRow | LabelledRow
 
 
 class BadRowError(ValueError):
-    """One row cannot be used; the text is the reason. ``data.on_bad_row`` decides whether that is an error."""
+    """One row cannot be used; the text is the reason. ``data.on_bad_row`` decides whether that is an error.
+
+    ``kind``: the reason without what differs from row to row, under which rows that are skipped are counted.
+    """
+
+    def __init__(self, reason: str, kind: str = "other") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass
 class BadRows:
-    """What was wrong with the rows of one file."""
+    """What was wrong with the rows of one source."""
 
-    path: Path
+    source: str
     on_bad_row: str
     count: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def add(self, line: int, reason: BadRowError) -> None:
-        """Count a row; line and reason are kept for the first ones."""
+    def add(self, place: str, reason: BadRowError) -> None:
+        """Count a row; place and reason are kept for the first ones."""
         self.count += 1
         if len(self.problems) < MAX_PROBLEMS_SHOWN:
-            self.problems.append(f"{self.path}:{line}: {reason}.")
+            self.problems.append(f"{place}: {reason}.")
 
     def check(self, num_good: int) -> None:
         """Raise UserError if there are bad rows and they may not be skipped, or if no good row is left."""
         if num_good and (not self.count or self.on_bad_row == "skip"):
             return
         if not self.count:
-            raise UserError(f"{self.path} has no rows; it must hold one JSON object per line.")
+            raise UserError(f"{self.source} has no rows; it must hold one JSON object per line.")
         num_more = self.count - len(self.problems)
         more = f"{num_more} more bad rows in the file. " if num_more else ""
         if num_good:
@@ -93,18 +125,19 @@ def read_rows(
     Raises UserError with file, line and reason of the first bad rows where ``on_bad_row`` is ``error``,
     and in any case where the file cannot be read or no row is left.
     """
-    bad = BadRows(path, on_bad_row)
+    bad = BadRows(str(path), on_bad_row)
     rows: list[Row] = []
     expected = None if format == "auto" else format
     for line, raw in islice(_lines(path), max_rows):
         between_rows()
+        place = f"{path}:{line}"
         try:
             value = _parse_object(raw)
             row_format = _format_of(value, expected)
-            rows.append(_PARSERS[row_format](line, value))
+            rows.append(_PARSERS[row_format](place, value))
             expected = row_format
         except BadRowError as reason:
-            bad.add(line, reason)
+            bad.add(place, reason)
     bad.check(len(rows))
     return rows, bad.count
 
@@ -170,26 +203,26 @@ def _format_of(value: dict[str, Any], expected: str | None) -> str:
     return expected
 
 
-def _parse_chat(line: int, value: dict[str, Any]) -> ChatRow:
+def _parse_chat(place: str, value: dict[str, Any]) -> ChatRow:
     if "messages" in value:
         messages = _parse_messages("messages", value["messages"])
     else:
         messages = _parse_sharegpt(value["conversations"])
-    return _checked(ChatRow(line, messages))
+    return _checked(ChatRow(place, messages))
 
 
-def _parse_prompt_completion(line: int, value: dict[str, Any]) -> Row:
+def _parse_prompt_completion(place: str, value: dict[str, Any]) -> Row:
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         context = _parse_messages("prompt", prompt)
-        return _checked(ChatRow(line, context + _parse_messages("completion", completion), first_reply=len(context)))
-    row = TextRow(line, _text("prompt", prompt), _text("completion", completion))
+        return _checked(ChatRow(place, context + _parse_messages("completion", completion), first_reply=len(context)))
+    row = TextRow(place, _text("prompt", prompt), _text("completion", completion))
     if not row.completion.strip():
         raise BadRowError("`completion` is empty")
     return row
 
 
-_PARSERS: dict[str, Callable[[int, dict[str, Any]], Row]] = {
+_PARSERS: dict[str, Callable[[str, dict[str, Any]], Row]] = {
     "chat": _parse_chat,
     "prompt_completion": _parse_prompt_completion,
 }

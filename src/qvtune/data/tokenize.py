@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.rows import BadRowError, ChatRow, Message, Row, TextRow
+from qvtune.data.rows import BadRowError, ChatRow, LabelledRow, Message, PlainTextRow, Row, TextRow
 from qvtune.errors import UserError
 
 # Llama 3, SmolLM3 and others print today's date into the system prompt. The same rows must give the same tokens on any
@@ -37,6 +37,8 @@ def tokenize_row(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
     Raises BadRowError if the template refuses the row, and UserError if tokenizer and rows do not go together.
     """
+    if isinstance(row, PlainTextRow | LabelledRow):
+        raise BadRowError(f"rows of the kind {type(row).__name__} cannot be trained on by task causal_lm")
     ids, labels = _tokenize_chat(row, tokenizer) if isinstance(row, ChatRow) else _tokenize_text(row, tokenizer)
     labels[0] = IGNORE_INDEX  # there is no token before it to predict it from
     truncated = len(ids) > max_length
@@ -143,7 +145,7 @@ def _is_within(text: str, start: int, end: int, span: Span) -> bool:
 
 def _unstable_template(row: ChatRow, index: int) -> UserError:
     return UserError(
-        "The chat template of the tokenizer changes earlier messages when later ones are added (row in line "
-        f"{row.line}, message {index}), so the model would be trained on another context than it has at inference. "
+        "The chat template of the tokenizer changes earlier messages when later ones are added ("
+        f"{row.place}, message {index}), so the model would be trained on another context than it has at inference. "
         "Put a chat_template.jinja into the model folder that only appends, or give rows with one answer each."
     )

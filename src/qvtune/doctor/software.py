@@ -85,8 +85,10 @@ def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
     A file that cannot be read gives a fact only: ``preflight.find_problems`` reports it.
     """
     facts, findings = {}, []
-    for setting, name in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if name is None or name == "demo":
+    sets = [("data.train", config.data.train_sources), *(("data.eval", one) for one in config.data.eval_sets.values())]
+    for setting, sources in sets:
+        name = sources[0].path
+        if name == "demo":
             continue
         try:
             size, digest = Path(name).stat().st_size, _digest(_blocks(Path(name)))

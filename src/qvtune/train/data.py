@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qvtune.config.data import DataSection, SourceSection
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.rows import read_rows
-from qvtune.embedded.data import demo_files
+from qvtune.data.sources import source_file
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
@@ -69,6 +70,7 @@ def token_rows(
     ``poll``, ``poll_alone``: as those of ``preflight``.
     """
     found: dict[str, TokenRows] = {}
+    checks.run(partial(_refuse_what_has_no_effect, config.data))
     for setting, source in sources(config):
         poll()
         if tokenizer is None:
@@ -80,22 +82,38 @@ def token_rows(
     return found
 
 
-def sources(config: RunConfig) -> list[tuple[str, str]]:
+def sources(config: RunConfig) -> list[tuple[str, SourceSection]]:
     """Setting and value of each data set of the run."""
-    values = {TRAIN: config.data.train, EVAL: config.data.eval}
-    return [(setting, source) for setting, source in values.items() if source is not None]
+    first_of_eval = [sources[0] for sources in config.data.eval_sets.values()][:1]
+    return [(TRAIN, config.data.train_sources[0]), *((EVAL, source) for source in first_of_eval)]
 
 
-def check_rows(setting: str, source: str, config: RunConfig, max_rows: int | None = None) -> None:
+def _refuse_what_has_no_effect(data: DataSection) -> None:
+    """Raises UserError with the settings of sources that nothing reads yet."""
+    problems = []
+    for setting, sets in ((TRAIN, {"": data.train_sources}), (EVAL, data.eval_sets)):
+        if len(sets) > 1 or any(len(sources) > 1 for sources in sets.values()):
+            problems.append(f"{setting}: several sources cannot be read yet; give one")
+        for source in (source for sources in sets.values() for source in sources):
+            own_split = source.split is not None and source.path != "demo"
+            given = source.model_fields_set - {"path", "format", "loss_on", *(() if own_split else ("split",))}
+            problems += [f"{setting}: `{name}` of a source has no effect yet; leave it out" for name in sorted(given)]
+            if source.loss_on != "answers":
+                problems.append(f"{setting}: `loss_on: {source.loss_on}` has no effect yet; leave it out")
+    if problems:
+        raise UserError(problems)
+
+
+def check_rows(setting: str, source: SourceSection, config: RunConfig, max_rows: int | None = None) -> None:
     """Read a data set, or its first rows, without tokenizing it. Raises UserError where rows are bad."""
     with naming_setting(setting):
-        read_rows(_file(setting, source), config.data.format, config.data.on_bad_row, max_rows=max_rows)
+        read_rows(source_file(source), source.format or config.data.format, config.data.on_bad_row, max_rows=max_rows)
 
 
 def data_statistics(config: RunConfig, rows: Mapping[str, TokenRows]) -> dict[str, Any]:
     """Setting -> source and ``Statistics`` of its rows, as plain JSON values: the content of ``run_dir/data.json``."""
     return {
-        setting: {"source": source, **rows[setting].statistics}
+        setting: {"source": source.path, **rows[setting].statistics}
         for setting, source in sources(config)
         if setting in rows
     }
@@ -113,14 +131,6 @@ def describe(statistics: Mapping[str, Any]) -> str:
     return text
 
 
-def _file(setting: str, source: str) -> Path:
-    if source != "demo":
-        return Path(source)
-    train_file, eval_file = demo_files(cache_dir())
-    return train_file if setting == TRAIN else eval_file
-
-
-def _token_rows(setting: str, source: str, config: RunConfig, tokenizer: Any, poll: Poll) -> TokenRows:
+def _token_rows(setting: str, source: SourceSection, config: RunConfig, tokenizer: Any, poll: Poll) -> TokenRows:
     with naming_setting(setting):
-        file, task = _file(setting, source), get_task(config.task)
-        return build_token_rows(file, config.data, tokenizer, task, cache_dir() / "tokens", poll)
+        return build_token_rows(source, config.data, tokenizer, get_task(config.task), cache_dir() / "tokens", poll)

@@ -11,6 +11,7 @@ from qvtune.errors import UserError
 from qvtune.storage.paths import cache_dir
 
 if TYPE_CHECKING:
+    from qvtune.config.data import SourceSection
     from qvtune.config.schema import RunConfig
 
 PROMPTS = (
@@ -59,15 +60,15 @@ def evaluation_rows(tokenizer: Any, checkpoint: Path | None, num_rows: int | Non
     """
     config_file = checkpoint.parent.parent / "config.yaml" if checkpoint else Path("config.yaml of a run")
     run = _run_config(config_file) if checkpoint else None
-    file = _evaluation_file(run)
-    if run is None or file is None:
+    source = _evaluation_source(run)
+    if run is None or source is None:
         if num_rows:
             raise UserError(
                 f"--proof-rows {num_rows}: needs {config_file} with a data.eval that is still there; leave the option "
                 "out to compare on the fixed prompts alone"
             )
         return []
-    return list(islice(_documents(tokenizer, file, run), _DEFAULT_ROWS if num_rows is None else num_rows))
+    return list(islice(_documents(tokenizer, source, run), _DEFAULT_ROWS if num_rows is None else num_rows))
 
 
 def _run_config(config_file: Path) -> "RunConfig | None":
@@ -78,24 +79,23 @@ def _run_config(config_file: Path) -> "RunConfig | None":
     return load_config(config_file)
 
 
-def _evaluation_file(run: "RunConfig | None") -> Path | None:
-    """``data.eval`` where it is set and there; relative to the current folder, as training reads it."""
-    if run is None or run.data.eval is None:
+def _evaluation_source(run: "RunConfig | None") -> "SourceSection | None":
+    """The first source of ``data.eval`` where it is set and there; relative to the current folder, as in training."""
+    if run is None or not run.data.eval_sets:
         return None
-    if run.data.eval == "demo":
-        from qvtune.embedded.data import demo_files
+    from qvtune.data.sources import source_file
 
-        return demo_files(cache_dir())[1]
-    return Path(run.data.eval) if Path(run.data.eval).is_file() else None
+    source = next(iter(run.data.eval_sets.values()))[0]
+    return source if source_file(source).is_file() else None
 
 
-def _documents(tokenizer: Any, file: Path, run: "RunConfig") -> Iterator[Text]:
+def _documents(tokenizer: Any, source: "SourceSection", run: "RunConfig") -> Iterator[Text]:
     import numpy as np
 
     from qvtune.data.dataset import build_token_rows
     from qvtune.tasks import get_task
 
-    rows = build_token_rows(file, run.data, tokenizer, get_task(run.task), cache_dir() / "tokens")
+    rows = build_token_rows(source, run.data, tokenizer, get_task(run.task), cache_dir() / "tokens")
     for row in map(rows.__getitem__, range(len(rows))):
         ends = np.cumsum(row.document_lengths)[:-1]
         for ids, labels in zip(np.split(row.input_ids, ends), np.split(row.labels, ends), strict=True):

@@ -1,0 +1,150 @@
+"""The settings of the data, with their types, units and defaults."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from qvtune.config.section import Integer, Positive, PositiveNumber, Section
+
+
+def _column(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise PydanticCustomError(
+        "column", "must be the name of a column, or its number (from 1) in a file without a header"
+    )
+
+
+ColumnName = Literal[
+    "messages", "conversations", "tools", "prompt", "completion", "instruction", "input", "output", "system", "text",
+    "text_pair", "label",
+]  # fmt: skip
+Column = Annotated[str | int, BeforeValidator(_column), WithJsonSchema({"type": "text or whole number > 0"})]
+RowFormat = Literal["auto", "chat", "prompt_completion", "instruction", "text", "labelled"]
+LossOn = Literal["answers", "last_answer", "completion", "all"]
+
+
+class SourceSection(Section):
+    """A source of rows, in `data.train` or `data.eval`. A text there is the same as `{path: TEXT}`."""
+
+    path: str = Field(description="file, folder or pattern (`rows/*.jsonl`); hub id (`owner/name`); or `demo`")
+    name: str | None = Field(default=None, description="configuration of a hub data set, where it has several")
+    split: str | None = Field(
+        default=None, description="split of a hub data set or of a folder; none = the only one; demo: train or eval"
+    )
+    revision: str | None = Field(
+        default=None, description="commit, tag or branch of a hub id; none = the newest version on the hub"
+    )
+    streaming: bool = Field(
+        default=False, description="read a hub data set without a copy of its files on the disk; tokens are kept anyway"
+    )
+    weight: PositiveNumber = Field(default=1.0, description="share of the rows, relative to the other sources' weights")
+    max_rows: Positive | None = Field(default=None, description="read only so many rows, from the first on")
+    format: RowFormat | None = Field(default=None, description="format of the rows; none = data.format")
+    columns: dict[ColumnName, Column] = Field(
+        default_factory=dict,
+        description="where the file has other names: `{prompt: question, completion: answer}`; or numbers from 1 in a "
+        "CSV or TSV file without a header",
+    )
+    loss_on: LossOn | None = Field(default=None, description="what is trained on; none = data.loss_on")
+
+
+SOURCE = "<source>"  # in the location of an error: what follows is in a SourceSection
+_TEXT, _LIST, _SETS, _NOTHING = "<text>", "<list>", "<sets>", "<nothing>"
+TAGS = (SOURCE, _TEXT, _LIST, _SETS, _NOTHING)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping | SourceSection):
+        return SOURCE
+    return _LIST if isinstance(value, list | tuple) else _TEXT
+
+
+def _kind_or_sets(value: Any) -> str:
+    """A mapping without any key of a source has the names of evaluation sets for keys."""
+    if value is None:
+        return _NOTHING
+    is_sets = isinstance(value, Mapping) and value and not SourceSection.model_fields.keys() & value.keys()
+    return _SETS if is_sets else _kind(value)
+
+
+def _not_empty(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not sources:
+        raise PydanticCustomError("no_source", "must have at least one source")
+    return sources
+
+
+def _set_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise PydanticCustomError("set_name", "must have a name of letters, digits, '_', '-' and '.'")
+    return name
+
+
+_PathOrSource = Annotated[str, Tag(_TEXT)] | Annotated[SourceSection, Tag(SOURCE)]
+_SourceList = Annotated[
+    tuple[Annotated[_PathOrSource, Discriminator(_kind)], ...], AfterValidator(_not_empty), Tag(_LIST)
+]
+Sources = Annotated[
+    _PathOrSource | _SourceList, Discriminator(_kind), WithJsonSchema({"type": "text, source, or list of these"})
+]
+_Sets = Annotated[dict[Annotated[str, AfterValidator(_set_name)], Sources], Tag(_SETS)]
+SourcesOrSets = Annotated[
+    _PathOrSource | _SourceList | _Sets | Annotated[None, Tag(_NOTHING)],
+    Discriminator(_kind_or_sets),
+    WithJsonSchema({"type": "text, source, list of these, mapping: name of a set -> these, or null"}),
+]
+
+
+class DataSection(Section):
+    """Training and evaluation rows, and how they are packed."""
+
+    train: Sources = Field(
+        default="demo",
+        description="file, folder, pattern or hub id; `demo` = questions on the Python standard library; a source with "
+        "the settings below; or a list of these",
+    )
+    eval: SourcesOrSets = Field(
+        default=None, description="the same, or several named sets `{name: source}`; null = no evaluation"
+    )
+    format: RowFormat = Field(default="auto", description="format of the rows; auto = by the keys of the first row")
+    loss_on: LossOn = Field(
+        default="answers",
+        description="what is trained on: answers = all of the assistant's, and completions; last_answer; completion = "
+        "what follows the prompt; all = every token",
+    )
+    max_length: Annotated[Integer, Field(ge=8)] = Field(default=1024, description="tokens per row")
+    packing: bool = Field(default=True, description="several documents per row; each attends only to itself")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="a row that cannot be used: error = refuse the data; skip = leave it out and log the number",
+    )
+
+    @property
+    def train_sources(self) -> tuple[SourceSection, ...]:
+        """The sources of ``train``, with everything that they take over from this section filled in."""
+        return self._resolved(self.train, "train")
+
+    @property
+    def eval_sets(self) -> dict[str, tuple[SourceSection, ...]]:
+        """Name -> sources of each evaluation set; a set without a name is called ``eval``."""
+        if self.eval is None:
+            return {}
+        sets = self.eval if isinstance(self.eval, dict) else {"eval": self.eval}
+        return {name: self._resolved(sources, "eval") for name, sources in sets.items()}
+
+    def _resolved(self, sources: Any, split_of_demo: str) -> tuple[SourceSection, ...]:
+        listed = sources if isinstance(sources, tuple) else (sources,)
+        found = (SourceSection(path=one) if isinstance(one, str) else one for one in listed)
+        return tuple(
+            one.model_copy(
+                update={
+                    "format": one.format or self.format,
+                    "loss_on": one.loss_on or self.loss_on,
+                    "split": one.split or (split_of_demo if one.path == "demo" else None),
+                }
+            )
+            for one in found
+        )
