@@ -22,6 +22,7 @@ from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, F
 from qvtune.console import command_parser
 from qvtune.convert.sources.kinds import require_source
 from qvtune.distributed.command import run_alone
+from qvtune.system import heavy_imports
 
 
 def main() -> int:
@@ -55,8 +56,8 @@ def main() -> int:
 
 def _convert(options: dict[str, Any]) -> None:
     require_source(options["source"])
-    from qvtune.convert.convert import convert  # imports torch: seconds
-
+    with heavy_imports():
+        from qvtune.convert.convert import convert  # torch: seconds
     convert(**options)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from qvtune.config.load import load_config
 from qvtune.console import command_parser
 from qvtune.distributed.command import run_alone
+from qvtune.system import heavy_imports
 
 
 def main() -> int:
@@ -35,8 +36,8 @@ def main() -> int:
 
 def _examine(options: argparse.Namespace) -> None:
     run = None if options.config is None else load_config(options.config, options.overrides)
-    from qvtune.doctor.examine import doctor  # imports torch: seconds
-
+    with heavy_imports():
+        from qvtune.doctor.examine import doctor  # torch: seconds
     doctor(run, options.nodes, options.gpus_per_node)
 
 

@@ -22,6 +22,7 @@ from qvtune.distributed.command import run_alone
 from qvtune.errors import naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
+from qvtune.system import heavy_imports
 
 
 def main() -> int:
@@ -40,8 +41,8 @@ def main() -> int:
 def _quantize(options: argparse.Namespace) -> None:
     with naming_setting("BASE"):
         folder = model_folder(options.base, cache_dir())
-    from qvtune.model.quantize import quantize  # imports torch and bitsandbytes: seconds
-
+    with heavy_imports():
+        from qvtune.model.quantize import quantize  # torch and bitsandbytes: seconds
     quantize(folder, options.output, double_quant=not options.no_double_quant, max_shard_bytes=options.max_shard_bytes)
 
 

@@ -23,6 +23,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.config.settings import show_settings
 from qvtune.console import command_parser, positive
 from qvtune.distributed.command import run_alone, run_command, run_on_rank_0
+from qvtune.system import heavy_imports
 
 
 def main() -> int:
@@ -44,14 +45,14 @@ def main() -> int:
 
 
 def _train(config: RunConfig) -> int:
-    from qvtune.train.loop import train  # imports torch, transformers and PEFT: seconds
-
+    with heavy_imports():
+        from qvtune.train.loop import train  # torch, transformers and PEFT: seconds
     return train(config)
 
 
 def _show_batch(config: RunConfig, num_rows: int) -> None:
-    from qvtune.train.show_batch import show_batch  # as above
-
+    with heavy_imports():
+        from qvtune.train.show_batch import show_batch  # as above
     show_batch(config, num_rows)
 
 

@@ -1,22 +1,27 @@
 """Fixtures for all tests; what they are made of is in tests/support/tiny.py."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
-from transformers import PreTrainedTokenizerFast
 
-from qvtune.config.schema import AdapterSection, ModelSection
-from qvtune.distributed import process_group
-from qvtune.model.adapters import add_adapters, trainable
-from qvtune.model.loader import load_whole
-from qvtune.tasks.causal_lm import CausalLMObjective
+from qvtune.system import heavy_imports
 from tests.support.forks import stop_server
-from tests.support.tiny import make_model_folder, make_tokenizer
+
+with heavy_imports():
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+    from qvtune.config.schema import AdapterSection, ModelSection
+    from qvtune.distributed import process_group
+    from qvtune.model.adapters import add_adapters, trainable
+    from qvtune.model.loader import load_whole
+    from qvtune.tasks.causal_lm import CausalLMObjective
+    from tests.support.tiny import make_model_folder, make_tokenizer
 
 TESTS = Path(__file__).parent
 MARKED_FOLDERS = ("distributed", "launch", "slurm")
@@ -29,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKED_FOLDERS:
             item.add_marker(folder)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qvtune.system import heavy_imports
 from tests.support.processes import REPOSITORY, Finished, own_environment, rank_environments, run_all
 
 WARM = (
@@ -151,8 +152,9 @@ class ForkServer:
 def main() -> None:
     """Serve; in a fork: run its command, and end as any interpreter does."""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    for name in WARM:
-        import_module(name)
+    with heavy_imports():  # no fork scans, and so copies, the memory of what all share when it collects garbage
+        for name in WARM:
+            import_module(name)
     # A fork has no other threads; what they have locked stays locked. pyarrow's allocator provides for that.
     threads = {task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")} - {"jemalloc_bg_thd"}
     assert len(threads) == 1, threads

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from qvtune.distributed.stop_signals import record_stop_signals, take_recorded
 from qvtune.errors import StopRequested, UserError
+from qvtune.system import heavy_imports
 
 Checked = TypeVar("Checked")
 _WAIT_SECONDS, _WAIT_POLLS = 10.0, 100  # of other ranks for the launcher to end them
@@ -34,8 +35,8 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
         _print_before_start(error)
         return error.exit_code
     _before_imports()
-    from qvtune.distributed import process_group  # imports torch, which takes seconds
-
+    with heavy_imports():
+        from qvtune.distributed import process_group  # imports torch, which takes seconds
     try:
         process_group.start()
         code = command(checked)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from qvtune.distributed.ports import any_free_port
 from qvtune.errors import StopRequested, UserError
+from qvtune.system import heavy_imports
 
 Value = TypeVar("Value")
 
@@ -34,8 +35,8 @@ def start() -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(any_free_port())
     os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
-
+    with heavy_imports():
+        import deepspeed
     # Of its optional operators the first start would compile one for tensor-parallel inference, which takes a minute.
     deepspeed.ops.__compatible_ops__ = {}
     if torch.cuda.is_available():

@@ -23,6 +23,7 @@ from qvtune.errors import Problems, UserError
 from qvtune.storage.atomic import atomic_folder
 from qvtune.storage.files import write_json
 from qvtune.submit.batch import run_dir_of_job
+from qvtune.system import heavy_imports
 from qvtune.versions import repository
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def submit(request: Request) -> None:
     run = problems.attempt(lambda: load_config(request.config, request.overrides))
     problems.attempt(lambda: run_dir_of_job(request.config, request.overrides))
     if run is not None:
-        from qvtune.train.preflight import preflight  # imports torch and transformers: seconds
-
+        with heavy_imports():
+            from qvtune.train.preflight import preflight  # torch and transformers: seconds
         world_size = max(1, request.world_size)
         plan = problems.attempt(lambda: preflight(run, world_size, on_gpus=request.on_gpus))
         problems.attempt(lambda: _check_this_machine(run, world_size, plan))
