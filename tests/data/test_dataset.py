@@ -12,7 +12,7 @@ from qvtune.data import dataset as dataset_module
 from qvtune.data.batch import collate
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.rows import TextRow
-from qvtune.data.tokenize import tokenize_row
+from qvtune.data.tokenize import tokenize_rows
 from qvtune.errors import UserError
 from qvtune.tasks.causal_lm import TASK
 
@@ -45,8 +45,8 @@ def test_rows_hold_every_document_whole(
     packing: bool, build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     rows = build(write_jsonl(*PAIRS), packing=packing)
-    expected = [tokenize_row(TextRow("rows.jsonl:1", **pair), tokenizer, 16) for pair in PAIRS]
-    documents = [(document.ids, document.labels) for document in expected if document is not None]
+    expected = tokenize_rows([TextRow("rows.jsonl:1", **pair) for pair in PAIRS], tokenizer, "answers")
+    documents = [(one.ids, one.labels) for of_row in expected if isinstance(of_row, list) for one in of_row]
     assert sorted(documents_of(rows)) == sorted(documents)
     assert [rows.statistics[name] for name in COUNTS] == [6, 0, 0, 0]
     assert len(rows) < 6 if packing else len(rows) == 6
@@ -67,6 +67,27 @@ def test_skipped_dropped_and_truncated_are_counted(build: Callable[..., TokenRow
     long_completion = {"prompt": "hello", "completion": " world" * 20}
     rows = build(write_jsonl(*PAIRS, "not JSON", long_prompt, long_completion), on_bad_row="skip")
     assert [rows.statistics[name] for name in COUNTS] == [7, 1, 1, 1]
+
+
+def test_a_document_that_is_too_long_keeps_its_first_tokens(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl
+) -> None:
+    path = write_jsonl({"prompt": "hello", "completion": " world" * 20})
+    [(whole_ids, whole_labels)] = documents_of(build(path, max_length=64))
+    assert documents_of(build(path)) == [(whole_ids[:16], whole_labels[:16])]
+
+
+def test_conversations_that_the_template_divides_are_counted(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['content'] }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    rows = build(write_jsonl({"messages": turns}, {"messages": turns[:2]}))
+    assert [rows.statistics[name] for name in ("documents", "split")] == [3, 1]
 
 
 def test_rows_that_the_template_refuses_count_as_bad(
@@ -104,6 +125,7 @@ def test_whatever_changes_the_rows_changes_the_cache_folder(
     build(path, max_length=17)
     build(path, format="prompt_completion")
     build(path, on_bad_row="skip")
+    build(path, loss_on="all")
     tokenizer.add_tokens(["hello world"])
     build(path)
     tokenizer.eos_token = "<|endoftext|>"
@@ -111,10 +133,10 @@ def test_whatever_changes_the_rows_changes_the_cache_folder(
     tokenizer.chat_template = "{{ messages }}"
     build(path)
     build(write_jsonl(*PAIRS[1:]))
-    assert len(list((tmp_path / "cache").iterdir())) == 9
+    assert len(list((tmp_path / "cache").iterdir())) == 10
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)  # leaves its settings in the tokenizer
     build(path)
-    assert len(list((tmp_path / "cache").iterdir())) == 9
+    assert len(list((tmp_path / "cache").iterdir())) == 10
 
 
 def test_an_error_leaves_nothing_behind(

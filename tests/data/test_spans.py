@@ -12,7 +12,7 @@ from qvtune.data import IGNORE_INDEX
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import ChatRow, Row, TextRow
 from qvtune.data.spans import Span, documents_as_text
-from qvtune.data.tokenize import tokenize_row
+from qvtune.data.tokenize import tokenize_rows
 from tests.support.tiny import make_tokenizer
 
 TURNS = ("Hi  there", "  hello\n\n world ", "naïve 東京 🙂?", "😀 yes\t")
@@ -33,7 +33,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 
 def packed(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> PackedRow:
-    documents = [tokenize_row(row, tokenizer, 200) for row in rows]
+    documents = [one for found in tokenize_rows(rows, tokenizer, "answers") if isinstance(found, list) for one in found]
     ids, labels = ([getattr(document, name) for document in documents] for name in ("ids", "labels"))
     lengths = np.array([len(one) for one in ids], np.int32)
     return PackedRow(np.concatenate(ids).astype(np.int32), np.concatenate(labels).astype(np.int32), lengths)

@@ -1,15 +1,12 @@
-from typing import Any
-
 import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from qvtune.config.data import LossOn
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.rows import BadRowError, ChatRow, TextRow
-from qvtune.data.tokenize import Document, tokenize_row
+from qvtune.data.rows import BadRowError, ChatRow, Row, TextRow
+from qvtune.data.tokenize import Document, tokenize_rows
 from qvtune.errors import UserError
-
-LONG = 10_000
 
 
 def chat(*turns: str, first_reply: int = 0) -> ChatRow:
@@ -19,12 +16,24 @@ def chat(*turns: str, first_reply: int = 0) -> ChatRow:
     return ChatRow("rows.jsonl:7", messages, first_reply)
 
 
-def tokenized(row: Any, tokenizer: PreTrainedTokenizerFast, max_length: int = LONG) -> Document:
-    document = tokenize_row(row, tokenizer, max_length)
-    assert document is not None
-    assert len(document.ids) == len(document.labels)
-    assert all(label in (IGNORE_INDEX, token) for token, label in zip(document.ids, document.labels, strict=True))
+def documents_of(row: Row, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "answers") -> list[Document]:
+    [documents] = tokenize_rows([row], tokenizer, loss_on)
+    assert isinstance(documents, list), documents
+    for document in documents:
+        assert len(document.ids) == len(document.labels)
+        assert all(label in (IGNORE_INDEX, token) for token, label in zip(document.ids, document.labels, strict=True))
+    return documents
+
+
+def tokenized(row: Row, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "answers") -> Document:
+    [document] = documents_of(row, tokenizer, loss_on)
     return document
+
+
+def refusal(row: Row, tokenizer: PreTrainedTokenizerFast, loss_on: LossOn = "answers") -> str:
+    [reason] = tokenize_rows([row], tokenizer, loss_on)
+    assert isinstance(reason, BadRowError)
+    return str(reason)
 
 
 def learned_texts(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -45,7 +54,6 @@ def test_learned_are_the_answers_with_their_end_of_turn(tokenizer: PreTrainedTok
         "world<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nIt does é 😀.<|im_end|>\n"
     )
     assert learned_texts(document, tokenizer) == ["world<|im_end|>", "It does é 😀.<|im_end|>"]
-    assert not document.truncated
 
 
 def test_tokens_equal_those_of_apply_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -86,26 +94,31 @@ def test_a_token_across_the_boundary_is_refused(tokenizer: PreTrainedTokenizerFa
         "{% if add_generation_prompt %}{{ 'assistantwor' }}{% endif %}"
     )
     tokenizer.add_tokens(["world"])
-    with pytest.raises(UserError, match="joins 'world' into one token"):
-        tokenize_row(chat("hello", "ld"), tokenizer, LONG)
+    assert "joins 'world' into one token" in refusal(chat("hello", "ld"), tokenizer)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_one_document_per_answer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}"
         "{% if m['role'] == 'assistant' and loop.last %}{{ 'thinking' }}{% endif %}{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     )
     assert learned_texts(tokenized(chat("hello", "world"), tokenizer), tokenizer) == ["thinkingworld"]
-    with pytest.raises(UserError, match=r"rows\.jsonl:7, message 1") as caught:
-        tokenize_row(chat("hello", "world", "hello", "world"), tokenizer, LONG)
-    assert "chat_template.jinja" in str(caught.value)
+    row = chat("hello", "world", "hello", "it", "what")
+    documents = documents_of(row, tokenizer)
+    assert [learned_texts(document, tokenizer) for document in documents] == [["thinkingworld"], ["thinkingit"]]
+    for document, end in zip(documents, (1, 3), strict=True):
+        context = document.ids[: document.labels.count(IGNORE_INDEX)]
+        assert context == tokenizer.apply_chat_template(
+            list(row.messages[:end]), add_generation_prompt=True, return_dict=False
+        )
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(BadRowError, match="chat template refuses it: roles must alternate"):
-        tokenize_row(chat("a", "b"), tokenizer, LONG)
+    assert refusal(chat("a", "b"), tokenizer) == "the tokenizer's chat template refuses it: roles must alternate"
 
 
 def test_templates_see_the_same_date_every_day(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -128,7 +141,7 @@ def test_the_fixed_date_leaves_the_rest_of_the_template_alone(start: str, tokeni
 def test_a_tokenizer_without_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        tokenize_row(chat("a", "b"), tokenizer, LONG)
+        tokenize_rows([chat("a", "b")], tokenizer, "answers")
 
 
 def test_text_rows_are_prompt_completion_and_end(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -156,13 +169,4 @@ def test_an_empty_prompt_leaves_the_first_token_without_a_label(tokenizer: PreTr
 def test_text_rows_need_an_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
-        tokenize_row(TextRow("rows.jsonl:1", "hello", " world"), tokenizer, LONG)
-
-
-def test_truncation_cuts_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = chat("hello", "What does it do?")
-    whole = tokenized(row, tokenizer)
-    first = next(index for index, label in enumerate(whole.labels) if label != IGNORE_INDEX)
-    assert tokenized(row, tokenizer, first + 2) == Document(whole.ids[: first + 2], whole.labels[: first + 2], True)
-    assert tokenized(row, tokenizer, len(whole.ids)) == whole
-    assert tokenize_row(row, tokenizer, first) is None
+        tokenize_rows([TextRow("rows.jsonl:1", "hello", " world")], tokenizer, "answers")

@@ -46,7 +46,7 @@ TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 # Asked before the run folder is opened; rows that no earlier run has tokenized.
 UNSEEN_ROWS = {"data__max_length": 63}
 TERMINATED_EARLY = {
-    "terminated-tokenizing": {"function": "qvtune.tasks.causal_lm.tokenize_row", "nth": 20},
+    "terminated-tokenizing": {"function": "qvtune.tasks.causal_lm.tokenize_rows", "nth": 1},
     "terminated-loading": {"function": "qvtune.model.loader._fill_quantized", "nth": 3},
 }
 

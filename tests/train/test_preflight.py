@@ -95,14 +95,13 @@ def test_all_problems_of_settings_model_and_data_are_one_message(tmp_path: Path,
 
 def test_settings_of_sources_that_nothing_reads_yet_are_refused(make_config: MakeConfig) -> None:
     config = make_config()
-    source = {"path": config.data.train, "weight": 2, "loss_on": "all"}
+    source = {"path": config.data.train, "weight": 2}
     data = {**config.data.model_dump(), "train": [source, config.data.train], "eval": {"one": config.data.train}}
     with pytest.raises(UserError) as raised:
         preflight(make_config(data=data), world_size=1, on_gpus=False)
     assert raised.value.problems == (
         "data.train: several sources cannot be read yet; give one",
         "data.train: `weight` of a source has no effect yet; leave it out",
-        "data.train: `loss_on: all` has no effect yet; leave it out",
     )
 
 

@@ -13,18 +13,20 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from qvtune.config.data import DataSection, SourceSection
+from qvtune.config.data import DataSection, LossOn, SourceSection
 from qvtune.data import IGNORE_INDEX
+from qvtune.data.chat import FIXED_DATE
 from qvtune.data.packing import PackedRow, pack
 from qvtune.data.rows import BadRowError, BadRows, Row, file_sha256, read_rows
 from qvtune.data.sources import source_file
 from qvtune.data.statistics import RowBlock, statistics
-from qvtune.data.tokenize import FIXED_DATE, Document
+from qvtune.data.tokenize import Document
 from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_folder
 from qvtune.storage.files import write_json
 
-CACHE_VERSION = 2  # increment it when the same rows would give other tokens, labels, columns or statistics
+CACHE_VERSION = 3  # increment it when the same rows would give other tokens, labels, columns or statistics
+ROWS_PER_CALL = 64  # of the tokenizer
 ROWS_FILE, STATISTICS_FILE = "rows.arrow", "statistics.json"
 LISTS = ("input_ids", "labels", "document_lengths")
 FEATURES = Features(
@@ -59,8 +61,8 @@ class RowTokenizer(Protocol):
 
     name: str
 
-    def tokenize(self, row: Row, tokenizer: Any, max_length: int) -> Document | None:
-        """As ``qvtune.data.tokenize.tokenize_row``."""
+    def tokenize(self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn) -> list[list[Document] | BadRowError]:
+        """As ``qvtune.data.tokenize.tokenize_rows``."""
 
 
 def build_token_rows(
@@ -115,19 +117,22 @@ def _tokenize_source(
     rows, num_skipped = read_rows(path, source.format or config.format, config.on_bad_row, between_rows)
     refused = BadRows(str(path), config.on_bad_row)
     documents: list[IdsAndLabels] = []
-    num_dropped = num_truncated = 0
-    for row in rows:
+    num_dropped = num_truncated = num_split = 0
+    for start in range(0, len(rows), ROWS_PER_CALL):
         between_rows()
-        try:
-            document = task.tokenize(row, tokenizer, config.max_length)
-        except BadRowError as reason:
-            refused.add(row.place, reason)
-            continue
-        if document is None:
-            num_dropped += 1
-        else:
-            num_truncated += document.truncated
-            documents.append((np.array(document.ids, np.int32), np.array(document.labels, np.int32)))
+        part = rows[start : start + ROWS_PER_CALL]
+        for row, found in zip(part, task.tokenize(part, tokenizer, source.loss_on or config.loss_on), strict=True):
+            if isinstance(found, BadRowError):
+                refused.add(row.place, found)
+                continue
+            num_split += len(found) > 1
+            for document in found:
+                ids, labels = (np.array(one[: config.max_length], np.int32) for one in (document.ids, document.labels))
+                if (labels == IGNORE_INDEX).all():
+                    num_dropped += 1
+                else:
+                    num_truncated += len(document.ids) > len(ids)
+                    documents.append((ids, labels))
     refused.check(len(rows) - refused.count)
     if not documents:
         raise UserError(
@@ -138,6 +143,7 @@ def _tokenize_source(
         "num_skipped": num_skipped + refused.count,
         "num_dropped": num_dropped,
         "num_truncated": num_truncated,
+        "num_split": num_split,
     }
     return documents, counts
 
@@ -175,7 +181,8 @@ def _fingerprint(source: SourceSection, config: DataSection, tokenizer: PreTrain
         "tokenizer": _tokenizer_definition(tokenizer),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
-        "config": config.model_dump(include={"max_length", "packing", "on_bad_row"}) | {"format": source.format},
+        "config": config.model_dump(include={"max_length", "packing", "on_bad_row"})
+        | {"format": source.format, "loss_on": source.loss_on},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -184,5 +191,5 @@ def _tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if not tokenizer.is_fast:
         return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Set by the last call of the tokenizer; tokenize_row sets its own.
+    # Set by the last call of the tokenizer; tokenize_rows sets its own.
     return {key: value for key, value in definition.items() if key not in ("truncation", "padding")}

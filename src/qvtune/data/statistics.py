@@ -55,6 +55,7 @@ class Statistics:
         packing_density: tokens / (rows * max_length); the rest is padding where all rows have the same length.
         truncated: documents that were truncated to max_length.
         dropped: documents that were left out because they have no label within max_length.
+        split: conversations that are several documents, because the chat template changes earlier turns.
         skipped: bad rows of the source that were left out.
         document_lengths: histogram of the documents' tokens; the bins' borders are powers of 2.
         label_lengths: the same of their label tokens.
@@ -70,6 +71,7 @@ class Statistics:
     packing_density: float
     truncated: int
     dropped: int
+    split: int
     skipped: int
     document_lengths: list[Bin]
     label_lengths: list[Bin]
@@ -78,7 +80,13 @@ class Statistics:
 
 
 def statistics(
-    blocks: Iterable[RowBlock], max_length: int, *, num_truncated: int, num_dropped: int, num_skipped: int
+    blocks: Iterable[RowBlock],
+    max_length: int,
+    *,
+    num_truncated: int,
+    num_dropped: int,
+    num_split: int,
+    num_skipped: int,
 ) -> Statistics:
     """Count everything in one pass, in bounded memory. At least one row; none has more than ``max_length`` tokens."""
     lengths, label_lengths = np.zeros((2, max_length + 1), np.int64)
@@ -103,6 +111,7 @@ def statistics(
         packing_density=tokens / (rows * max_length),
         truncated=num_truncated,
         dropped=num_dropped,
+        split=num_split,
         skipped=num_skipped,
         document_lengths=_bins(lengths),
         label_lengths=_bins(label_lengths),

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qvtune.config.data import LossOn
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
 from qvtune.data.packing import PackedRow
-from qvtune.data.rows import Row
-from qvtune.data.tokenize import Document, tokenize_row
+from qvtune.data.rows import BadRowError, Row
+from qvtune.data.tokenize import Document, tokenize_rows
 from qvtune.distributed import process_group
 from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES
@@ -40,9 +41,9 @@ class CausalLM(Task):
             f"tokens attend to those after them; give a decoder ({', '.join(decoders)}) in model.name_or_path"
         ]
 
-    def tokenize(self, row: Row, tokenizer: Any, max_length: int) -> Document | None:
-        """Labels on the assistant's turns, or on the completion."""
-        return tokenize_row(row, tokenizer, max_length)
+    def tokenize(self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn) -> list[list[Document] | BadRowError]:
+        """Labels on the assistant's turns, on the completion, or on every token."""
+        return tokenize_rows(rows, tokenizer, loss_on)
 
     def collate(self, rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
         """Labels shifted by one: position t predicts the token at t + 1."""

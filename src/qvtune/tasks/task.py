@@ -6,9 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from qvtune.config.data import LossOn
 from qvtune.data.batch import Batch
 from qvtune.data.packing import PackedRow
-from qvtune.data.rows import Row
+from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document
 
 
@@ -33,10 +34,10 @@ class Task(Protocol):
         """Why a model of this transformers configuration cannot be trained for the task; empty when it can."""
 
     @abstractmethod
-    def tokenize(self, row: Row, tokenizer: Any, max_length: int) -> Document | None:
-        """Tokens of a row and their labels; None where nothing within ``max_length`` tokens has a label.
+    def tokenize(self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn) -> list[list[Document] | BadRowError]:
+        """Tokens and labels of the documents of each row, of any length; BadRowError for a row that cannot be used.
 
-        Raises BadRowError for a row that cannot be used, UserError where tokenizer and rows do not go together.
+        Raises UserError where tokenizer, ``data.loss_on`` and rows do not go together.
         """
 
     @abstractmethod

@@ -98,8 +98,6 @@ def _refuse_what_has_no_effect(data: DataSection) -> None:
             own_split = source.split is not None and source.path != "demo"
             given = source.model_fields_set - {"path", "format", "loss_on", *(() if own_split else ("split",))}
             problems += [f"{setting}: `{name}` of a source has no effect yet; leave it out" for name in sorted(given)]
-            if source.loss_on != "answers":
-                problems.append(f"{setting}: `loss_on: {source.loss_on}` has no effect yet; leave it out")
     if problems:
         raise UserError(problems)
 
@@ -124,6 +122,7 @@ def describe(statistics: Mapping[str, Any]) -> str:
     text = "{documents} documents in {rows} rows, {tokens} tokens".format_map(statistics)
     for name, what in (
         ("skipped", "bad rows skipped (data.on_bad_row)"),
+        ("split", "conversations divided into one document per answer: the chat template changes earlier turns"),
         ("truncated", "documents truncated to data.max_length"),
         ("dropped", "documents dropped: no label token within data.max_length"),
     ):

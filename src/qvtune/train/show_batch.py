@@ -25,6 +25,7 @@ _COUNTS = {  # a row of the table -> the field of the statistics
     "documents": "documents",
     "tokens": "tokens",
     "label tokens": "label_tokens",
+    "divided conversations": "split",
     "truncated documents": "truncated",
     "dropped documents": "dropped",
     "skipped rows of the source": "skipped",
