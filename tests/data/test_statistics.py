@@ -28,7 +28,9 @@ def block(*rows: list[tuple[int, int]], first_row: int = 0, token: int = 5) -> R
 
 
 def count(*blocks: RowBlock) -> Statistics:
-    return statistics(blocks, 10, num_truncated=1, num_dropped=2, num_split=4, num_skipped=3)
+    return statistics(
+        blocks, 10, num_truncated=1, num_dropped=2, num_split=4, skipped_by_reason={"not JSON": 1, "empty text": 2}
+    )
 
 
 def test_numbers_counted_by_hand() -> None:
@@ -50,7 +52,7 @@ def test_numbers_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("max_length", [8, 15, 16])
 def test_the_last_bin_ends_at_the_longest_possible_document(max_length: int) -> None:
-    found = statistics([block([(8, 1)])], max_length, num_truncated=0, num_dropped=0, num_split=0, num_skipped=0)
+    found = statistics([block([(8, 1)])], max_length, num_truncated=0, num_dropped=0, num_split=0, skipped_by_reason={})
     assert found.document_lengths == [Bin(8, min(15, max_length), 1)]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +18,15 @@ from qvtune.config.data import DataSection, LossOn, SourceSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.chat import FIXED_DATE
 from qvtune.data.packing import PackedRow, pack
-from qvtune.data.rows import BadRowError, BadRows, Row, file_sha256, read_rows
-from qvtune.data.sources import source_file
+from qvtune.data.rows import BadRowError, BadRows, PlainTextRow, Row
+from qvtune.data.sources.source import Source, open_source, read_rows
 from qvtune.data.statistics import RowBlock, statistics
 from qvtune.data.tokenize import Document
 from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_folder
 from qvtune.storage.files import write_json
 
-CACHE_VERSION = 3  # increment it when the same rows would give other tokens, labels, columns or statistics
+CACHE_VERSION = 4  # increment it when the same rows would give other tokens, labels, columns or statistics
 ROWS_PER_CALL = 64  # of the tokenizer
 ROWS_FILE, STATISTICS_FILE = "rows.arrow", "statistics.json"
 LISTS = ("input_ids", "labels", "document_lengths")
@@ -78,9 +79,10 @@ def build_token_rows(
     Raises UserError for a file, rows or a tokenizer that cannot be used, and whatever ``between_rows`` raises; then the
     cache is unchanged.
     """
-    folder = cache_dir / _fingerprint(source, config, tokenizer, task.name)
+    opened = open_source(source)
+    folder = cache_dir / _fingerprint(opened, config, tokenizer, task.name)
     if not folder.is_dir():
-        documents, counts = _tokenize_source(source, config, tokenizer, task, between_rows)
+        documents, counts = _tokenize_source(opened, config, tokenizer, task, between_rows)
         lengths = [len(document) for document, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with atomic_folder(folder, if_taken="keep") as private:
@@ -107,45 +109,59 @@ IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 def _tokenize_source(
-    source: SourceSection,
+    source: Source,
     config: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     task: RowTokenizer,
     between_rows: Callable[[], None],
-) -> tuple[list[IdsAndLabels], dict[str, int]]:
-    path = source_file(source)
-    rows, num_skipped = read_rows(path, source.format or config.format, config.on_bad_row, between_rows)
-    refused = BadRows(str(path), config.on_bad_row)
+) -> tuple[list[IdsAndLabels], dict[str, Any]]:
+    bad = BadRows(source.settings.path, config.on_bad_row)
     documents: list[IdsAndLabels] = []
-    num_dropped = num_truncated = num_split = 0
-    for start in range(0, len(rows), ROWS_PER_CALL):
+    num_good = num_dropped = num_truncated = num_split = 0
+    rows = read_rows(source, bad, between_rows)
+    while part := list(islice(rows, ROWS_PER_CALL)):
         between_rows()
-        part = rows[start : start + ROWS_PER_CALL]
-        for row, found in zip(part, task.tokenize(part, tokenizer, source.loss_on or config.loss_on), strict=True):
+        for row, found in zip(part, task.tokenize(part, tokenizer, _loss_on(source)), strict=True):
             if isinstance(found, BadRowError):
-                refused.add(row.place, found)
+                bad.add(row.place, found)
                 continue
+            num_good += 1
             num_split += len(found) > 1
+            is_text = isinstance(row, PlainTextRow)
             for document in found:
-                ids, labels = (np.array(one[: config.max_length], np.int32) for one in (document.ids, document.labels))
-                if (labels == IGNORE_INDEX).all():
-                    num_dropped += 1
-                else:
-                    num_truncated += len(document.ids) > len(ids)
-                    documents.append((ids, labels))
-    refused.check(len(rows) - refused.count)
+                pieces = _pieces(document, config.max_length, divide=is_text)
+                num_dropped += not pieces
+                num_truncated += bool(pieces) and not is_text and len(document.ids) > config.max_length
+                documents += pieces
+    bad.check(num_good)
     if not documents:
         raise UserError(
-            f"no row of {path} has a label within its first data.max_length={config.max_length} tokens. Raise "
-            "data.max_length."
+            f"no row of {source.settings.path} has a label within its first data.max_length={config.max_length} "
+            "tokens. Raise data.max_length."
         )
     counts = {
-        "num_skipped": num_skipped + refused.count,
+        "skipped_by_reason": dict(bad.kinds),
         "num_dropped": num_dropped,
         "num_truncated": num_truncated,
         "num_split": num_split,
     }
     return documents, counts
+
+
+def _pieces(document: Document, max_length: int, divide: bool) -> list[IdsAndLabels]:
+    """The first ``max_length`` tokens or, where the document may be divided, all; without pieces that have no label."""
+    pieces = []
+    for start in range(0, len(document.ids), max_length) if divide else (0,):
+        ids, labels = (np.array(one[start : start + max_length], np.int32) for one in (document.ids, document.labels))
+        labels[0] = IGNORE_INDEX  # there is no token before it to predict it from
+        if (labels != IGNORE_INDEX).any():
+            pieces.append((ids, labels))
+    return pieces
+
+
+def _loss_on(source: Source) -> LossOn:
+    assert source.settings.loss_on is not None
+    return source.settings.loss_on
 
 
 def _write_rows(
@@ -171,18 +187,17 @@ def _write_rows(
         writer.finalize()
 
 
-def _fingerprint(source: SourceSection, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
+def _fingerprint(source: Source, config: DataSection, tokenizer: PreTrainedTokenizerBase, task: str) -> str:
     """Hash of everything that determines the content of the rows."""
     parts = {
         "version": CACHE_VERSION,
         "task": task,
         "template_date": FIXED_DATE,
-        "file": file_sha256(source_file(source)),
+        "source": source.identity(),
         "tokenizer": _tokenizer_definition(tokenizer),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
-        "config": config.model_dump(include={"max_length", "packing", "on_bad_row"})
-        | {"format": source.format, "loss_on": source.loss_on},
+        "config": config.model_dump(include={"max_length", "packing", "on_bad_row"}) | {"loss_on": _loss_on(source)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

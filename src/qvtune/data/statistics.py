@@ -57,6 +57,7 @@ class Statistics:
         dropped: documents that were left out because they have no label within max_length.
         split: conversations that are several documents, because the chat template changes earlier turns.
         skipped: bad rows of the source that were left out.
+        skipped_by_reason: the same for each kind of reason.
         document_lengths: histogram of the documents' tokens; the bins' borders are powers of 2.
         label_lengths: the same of their label tokens.
         longest: at most NUM_LONGEST documents, the longest first.
@@ -73,6 +74,7 @@ class Statistics:
     dropped: int
     split: int
     skipped: int
+    skipped_by_reason: dict[str, int]
     document_lengths: list[Bin]
     label_lengths: list[Bin]
     longest: list[LongDocument]
@@ -86,7 +88,7 @@ def statistics(
     num_truncated: int,
     num_dropped: int,
     num_split: int,
-    num_skipped: int,
+    skipped_by_reason: dict[str, int],
 ) -> Statistics:
     """Count everything in one pass, in bounded memory. At least one row; none has more than ``max_length`` tokens."""
     lengths, label_lengths = np.zeros((2, max_length + 1), np.int64)
@@ -112,7 +114,8 @@ def statistics(
         truncated=num_truncated,
         dropped=num_dropped,
         split=num_split,
-        skipped=num_skipped,
+        skipped=sum(skipped_by_reason.values()),
+        skipped_by_reason=skipped_by_reason,
         document_lengths=_bins(lengths),
         label_lengths=_bins(label_lengths),
         longest=longest,

@@ -51,7 +51,10 @@ def tokenize_rows(
 def _check(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
     for row in rows:
         if isinstance(row, LabelledRow):
-            raise UserError(f"{row.place}: a row with a label is for task: sequence_classification, this is causal_lm.")
+            raise UserError(
+                f"{row.place}: a text with a label is for task: sequence_classification, this is causal_lm; "
+                "`format: text` trains on the text alone."
+            )
         if isinstance(row, PlainTextRow) and loss_on not in ("answers", "all"):
             raise UserError(
                 f"{row.place}: loss_on: {loss_on} cannot be: in rows of text every token is trained on; use all."

@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 from qvtune import versions
 from qvtune.config.schema import RunConfig
 from qvtune.doctor.findings import Finding
+from qvtune.errors import UserError
 from qvtune.storage.safetensors import TensorFiles
 from qvtune.versions import repository
 
@@ -80,23 +81,28 @@ def _is_code(path: Path) -> bool:
 
 
 def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
-    """Size and digest of each data file; above 256 MiB the digest covers 64 blocks spread over the file.
+    """Size and digest of the files of each data set; above 256 MiB the digest covers 64 blocks spread over a file.
 
     A file that cannot be read gives a fact only: ``preflight.find_problems`` reports it.
     """
+    from qvtune.data.sources.source import open_source
+
     facts, findings = {}, []
-    sets = [("data.train", config.data.train_sources), *(("data.eval", one) for one in config.data.eval_sets.values())]
-    for setting, sources in sets:
-        name = sources[0].path
-        if name == "demo":
-            continue
+    sets = {f"data.eval.{name}".removesuffix(".eval"): sources for name, sources in config.data.eval_sets.items()}
+    for setting, sources in {"data.train": config.data.train_sources, **sets}.items():
+        names = ", ".join(source.path for source in sources)
         try:
-            size, digest = Path(name).stat().st_size, _digest(_blocks(Path(name)))
+            files = [file for source in sources if source.path != "demo" for file in open_source(source).files]
+            size = sum(file.stat().st_size for file in files)
+            digest = _digest(block for file in files for block in _blocks(file))
+        except UserError as error:
+            facts[setting] = f"not readable: {error}"
         except OSError as error:
-            facts[setting] = f"not readable: {name}: {error.strerror}"
+            facts[setting] = f"not readable: {names}: {error.strerror}"
         else:
-            facts[setting] = f"{size} bytes {digest}"
-            findings.append(Finding("data", "ok", f"{setting}: {name}, {size / 1e6:.1f} MB"))
+            if files:
+                facts[setting] = f"{size} bytes {digest}"
+                findings.append(Finding("data", "ok", f"{setting}: {names}, {size / 1e6:.1f} MB"))
     return facts, findings
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from qvtune.config.data import DataSection, SourceSection
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
-from qvtune.data.rows import read_rows
-from qvtune.data.sources import source_file
+from qvtune.data.rows import BadRows
+from qvtune.data.sources.source import open_source, read_rows
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
@@ -95,9 +95,8 @@ def _refuse_what_has_no_effect(data: DataSection) -> None:
         if len(sets) > 1 or any(len(sources) > 1 for sources in sets.values()):
             problems.append(f"{setting}: several sources cannot be read yet; give one")
         for source in (source for sources in sets.values() for source in sources):
-            own_split = source.split is not None and source.path != "demo"
-            given = source.model_fields_set - {"path", "format", "loss_on", *(() if own_split else ("split",))}
-            problems += [f"{setting}: `{name}` of a source has no effect yet; leave it out" for name in sorted(given)]
+            if source.weight != 1:
+                problems.append(f"{setting}: `weight` of a source has no effect yet; leave it out")
     if problems:
         raise UserError(problems)
 
@@ -105,7 +104,9 @@ def _refuse_what_has_no_effect(data: DataSection) -> None:
 def check_rows(setting: str, source: SourceSection, config: RunConfig, max_rows: int | None = None) -> None:
     """Read a data set, or its first rows, without tokenizing it. Raises UserError where rows are bad."""
     with naming_setting(setting):
-        read_rows(source_file(source), source.format or config.data.format, config.data.on_bad_row, max_rows=max_rows)
+        bad = BadRows(source.path, config.data.on_bad_row)
+        num_good = sum(1 for _ in read_rows(open_source(source), bad, max_rows=max_rows))
+        bad.check(num_good)
 
 
 def data_statistics(config: RunConfig, rows: Mapping[str, TokenRows]) -> dict[str, Any]:
@@ -120,8 +121,9 @@ def data_statistics(config: RunConfig, rows: Mapping[str, TokenRows]) -> dict[st
 def describe(statistics: Mapping[str, Any]) -> str:
     """A data set in one line."""
     text = "{documents} documents in {rows} rows, {tokens} tokens".format_map(statistics)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in statistics["skipped_by_reason"].items())
     for name, what in (
-        ("skipped", "bad rows skipped (data.on_bad_row)"),
+        ("skipped", f"bad rows skipped (data.on_bad_row): {reasons}"),
         ("split", "conversations divided into one document per answer: the chat template changes earlier turns"),
         ("truncated", "documents truncated to data.max_length"),
         ("dropped", "documents dropped: no label token within data.max_length"),

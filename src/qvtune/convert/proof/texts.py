@@ -83,10 +83,14 @@ def _evaluation_source(run: "RunConfig | None") -> "SourceSection | None":
     """The first source of ``data.eval`` where it is set and there; relative to the current folder, as in training."""
     if run is None or not run.data.eval_sets:
         return None
-    from qvtune.data.sources import source_file
+    from qvtune.data.sources.source import open_source
 
     source = next(iter(run.data.eval_sets.values()))[0]
-    return source if source_file(source).is_file() else None
+    try:
+        next(open_source(source).records(), None)
+    except UserError:  # gone; the fixed prompts are enough
+        return None
+    return source
 
 
 def _documents(tokenizer: Any, source: "SourceSection", run: "RunConfig") -> Iterator[Text]:
