@@ -203,7 +203,6 @@ def _rare(lab: Lab) -> dict[str, Any]:
         "model__name_or_path": str(lab.folder / "poisoned"),
         "data__train": str(lab.folder / "rare.jsonl"),
         "data__packing": False,
-        "train__max_steps": 10,  # an epoch
         "train__save_every": 1,
     }
 

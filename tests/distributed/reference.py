@@ -18,8 +18,8 @@ from qvtune.data.packing import PackedRow
 from qvtune.tasks.causal_lm import TASK
 from tests.support.lab import MAX_GRAD_NORM, Lab
 
-# Linear, 6 steps, warmup_ratio 0.3 = 2 steps, then in 4 equal steps towards min_ratio 0.1 for a seventh step; by hand.
-MULTIPLIERS = (0.5, 1.0, 1.0, 0.775, 0.55, 0.325)
+# Linear, 5 steps, warmup_ratio 0.3 = 2 steps, then in 3 equal steps towards min_ratio 0.1 for a sixth step; by hand.
+MULTIPLIERS = (0.5, 1.0, 1.0, 0.7, 0.4)
 
 Load = Callable[[Path], Any]
 

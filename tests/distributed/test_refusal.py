@@ -4,7 +4,7 @@ import re
 
 from qvtune.checkpoint.folder import newest
 from tests.distributed.conftest import Results
-from tests.support.lab import Lab
+from tests.support.lab import MAX_STEPS, Lab
 
 
 def test_attention_that_leaks_between_documents_ends_the_run(lab: Lab, two: Results) -> None:
@@ -21,7 +21,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks(lab: Lab, two: Resu
     found = re.match(r"step (\d+): the loss is nan", messages.pop())
     assert found is not None
     bad_step = int(found[1])
-    assert 1 < bad_step <= 10
+    assert 1 < bad_step <= MAX_STEPS
     assert [entry["step"] for entry in lab.events("rare", "step")] == list(range(1, bad_step))
     assert (
         newest(lab.run_dir("rare") / "checkpoints") == lab.run_dir("rare") / "checkpoints" / f"step-{bad_step - 1:08d}"

@@ -1,4 +1,4 @@
-"""Signals to launch/train.py under the real deepspeed launcher, which has its own way with each."""
+"""Signals to launch/train.py, most of them under the real deepspeed launcher, which has its own way with each."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from qvtune.checkpoint.folder import complete_checkpoints, newest, verify
 from qvtune.distributed.stop_signals import REPEAT_SECONDS, SIGNALS
 from qvtune.errors import StopRequested
 from tests.launch.conftest import LAUNCHERS, TRAIN, command, without_gpu
+from tests.support.forks import started_ranks
 from tests.support.lab import Lab
 from tests.support.processes import started
 
@@ -136,16 +137,17 @@ def has_handler(pid: int, number: int) -> bool:
 
 def test_the_second_request_ends_a_rank_at_once_and_damages_nothing(lab: Lab) -> None:
     """One rank hangs, so that the other cannot stop as it should: it waits in a collective."""
-    with running(lab, "twice") as (launcher, ranks):
-        hanging, waiting = ranks
-        hanging.suspend()
-        waiting.send_signal(signal.SIGUSR1)
+    words, output = command(lab, "twice", *_LONG), lab.folder / "output" / "twice"
+    with started_ranks(words, 2, output, **lab.environment) as (hanging, waiting):
+        wait_until(lambda: newest(lab.run_dir("twice") / "checkpoints") is not None, seconds=500)
+        os.kill(hanging.pid, signal.SIGSTOP)
+        os.kill(waiting.pid, signal.SIGUSR1)
         time.sleep(REPEAT_SECONDS + 2)  # the first may be noticed a little late
-        assert waiting.is_running() and waiting.status() != psutil.STATUS_ZOMBIE
-        waiting.send_signal(signal.SIGUSR1)
-        wait_until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE, seconds=10)
-        hanging.kill()
-        assert launcher.wait(timeout=60) not in (0, StopRequested.exit_code)
+        assert waiting.poll() is None
+        os.kill(waiting.pid, signal.SIGUSR1)
+        wait_until(lambda: waiting.poll() is not None, seconds=10)
+        assert waiting.returncode == 128 + signal.SIGUSR1
+        assert hanging.poll() is None
     for checkpoint in complete_checkpoints(lab.run_dir("twice") / "checkpoints"):
         verify(checkpoint)
     assert events(lab, "twice")[-1]["event"] != "run_end"

@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from qvtune.system import heavy_imports
-from tests.support.processes import REPOSITORY, Finished, own_environment, rank_environments, run_all
+from tests.support.processes import REPOSITORY, Finished, kill, own_environment, rank_environments, run_all
 
 WARM = (
     "bitsandbytes",
@@ -59,6 +59,21 @@ def fork_ranks(
     """``run_ranks`` with forks."""
     environments = rank_environments(num_ranks, environment)
     return run_all([command] * num_ranks, environments, folder, timeout, start=_server().start)
+
+
+@contextmanager
+def started_ranks(
+    command: Sequence[str | Path], num_ranks: int, folder: Path, **environment: str
+) -> Iterator[list["Fork"]]:
+    """The ranks of a command that runs meanwhile; at the end they and all their children are killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = []
+    with ExitStack() as stack:
+        for rank, own in enumerate(rank_environments(num_ranks, environment)):
+            fork = _server().start(command, own, folder / f"stdout-{rank}.txt", folder / f"stderr-{rank}.txt")
+            stack.callback(kill, fork)
+            ranks.append(fork)
+        yield ranks
 
 
 @cache

@@ -12,7 +12,7 @@ from tests.support.forks import fork_ranks
 from tests.support.processes import Finished
 from tests.support.tiny import make_model_folder, make_tokenizer
 
-MAX_STEPS = 6
+MAX_STEPS = 5
 MAX_GRAD_NORM = 0.7  # clips some steps, not all
 RARE = "§"  # stands in one row of the file ``rare.jsonl``
 _WORDS = ("what", "does", "it", "do", "in", "python", "the", "name", "says", "hello", "world", "be", "kind", "user")
@@ -85,9 +85,9 @@ class Lab:
         return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def make_lab(folder: Path) -> Lab:
+def make_lab(folder: Path, num_layers: int = 2) -> Lab:
     """A tiny LLaMA, one of whose matrices has two nested blocks, and rows of text."""
-    make_model_folder(folder / "model", intermediate_size=301)
+    make_model_folder(folder / "model", intermediate_size=301, num_layers=num_layers)
     _write_rows(folder / "train.jsonl", seed=0, num_rows=60)
     _write_rows(folder / "eval.jsonl", seed=1, num_rows=7)
     return Lab(folder)
@@ -105,7 +105,7 @@ def poison(lab: Lab) -> None:
     assert not rare_ids & set(make_tokenizer()(" ".join(_WORDS))["input_ids"])
     tensors["model.embed_tokens.weight"][list(rare_ids)] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
-    rows = (lab.folder / "train.jsonl").read_text().splitlines()
+    rows = (lab.folder / "train.jsonl").read_text().splitlines()[: 6 * MAX_STEPS]  # an epoch of a run
     rows[0] = json.dumps({"prompt": RARE, "completion": " is rare"})
     (lab.folder / "rare.jsonl").write_text("\n".join(rows) + "\n")
 

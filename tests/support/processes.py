@@ -98,7 +98,7 @@ def started(command: Sequence[str | Path], folder: Path, **environment: str) -> 
     try:
         yield process
     finally:
-        _kill(process)
+        kill(process)
 
 
 def run_all(
@@ -119,7 +119,7 @@ def run_all(
     with ExitStack() as stack:
         for command, environment, (out, err) in zip(commands, environments, outputs, strict=True):
             processes.append((start or _start)(command, environment, out, err))
-            stack.callback(_kill, processes[-1])
+            stack.callback(kill, processes[-1])
         in_time = _wait(processes, timeout)
         if not in_time:
             _show_where_they_hang(processes)
@@ -185,7 +185,7 @@ def _show_where_they_hang(processes: Sequence[Process]) -> None:
     _wait(processes, timeout=5)
 
 
-def _kill(process: Process) -> None:
+def kill(process: Process) -> None:
     """End the process and whatever it has started; it leads a session of its own."""
     with suppress(ProcessLookupError):  # the whole group has ended already
         os.killpg(process.pid, signal.SIGKILL)
