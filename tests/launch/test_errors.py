@@ -17,6 +17,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "missing_data": (["data.train={wrong}/none.jsonl"], ["data.train: ", "{wrong}/none.jsonl"]),
     "missing_evaluation_data": (["data.eval={wrong}/none.jsonl"], ["data.eval: ", "{wrong}/none.jsonl"]),
     "row_that_is_not_json": (["data.train={wrong}/rows.jsonl"], ["{wrong}/rows.jsonl:2: not JSON"]),
+    "data_of_other_kinds": (
+        ["data.train={wrong}/cut.parquet", "data.eval={{path: {wrong}/both.jsonl, revision: main}}"],
+        [
+            "data.train: {wrong}/cut.parquet cannot be read as Parquet",
+            "data.eval: {wrong}/both.jsonl is on this machine",
+        ],
+    ),
+    "columns_of_two_formats": (["data.train={wrong}/both.jsonl"], ["{wrong}/both.jsonl:1: the columns are those of"]),
     "no_weights": (["model.name_or_path={wrong}/empty"], ["{wrong}/empty: no weights", "model.safetensors"]),
     "pickle_only": (["model.name_or_path={wrong}/pickle"], ["{wrong}/pickle: only pickle", "pytorch_model.bin"]),
     "no_such_attention": (["model.attention=flash_attention_2"], ["flash_attention_2 needs a CUDA device", "auto"]),
@@ -37,6 +45,8 @@ def wrong(lab: Lab) -> Path:
     (folder / "pickle" / "pytorch_model.bin").write_bytes(b"")
     good = (lab.folder / "train.jsonl").read_text().splitlines()
     (folder / "rows.jsonl").write_text("\n".join([good[0], '{"prompt": "what', *good[1:]]))
+    (folder / "cut.parquet").write_bytes(b"PAR1" * 9)
+    (folder / "both.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4", "text": "2 + 2 = 4"}')
     recipe = (lab.folder / "recipe.yaml").read_text()
     (folder / "top.yaml").write_text("adaptor: {rank: 4}\n" + recipe)
     without_data = {key: value for key, value in yaml.safe_load(recipe).items() if key != "data"}

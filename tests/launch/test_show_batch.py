@@ -1,8 +1,11 @@
 """launch/train.py --show-batch as it is typed."""
 
+import json
+import re
+
 import pytest
 
-from qvtune.train.show_batch import OPEN
+from qvtune.train.show_batch import CLOSE, OPEN
 from tests.launch.conftest import command, train_forked
 from tests.support.forks import fork_ranks
 from tests.support.lab import Lab
@@ -22,6 +25,27 @@ def test_rows_and_statistics_are_printed_and_nothing_else_happens(lab: Lab) -> N
     assert ended.stdout.count(OPEN) > 2
     assert "data.train: lengths of documents" in ended.stdout and "data.eval: lengths of documents" in ended.stdout
     assert not lab.run_dir("show").exists()
+
+
+def test_data_as_it_is_published(lab: Lab) -> None:
+    """ShareGPT and Alpaca as lists of objects, texts as a folder, a table with names of its own."""
+    folder = lab.folder / "published"
+    (folder / "texts").mkdir(parents=True)
+    turns = [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Hello to you"}]
+    (folder / "sharegpt.json").write_text(json.dumps([{"id": "a_0", "conversations": turns}], indent=2))
+    alpaca = {"instruction": "Add the numbers.", "input": "2 and 2", "output": "It is 4"}
+    (folder / "alpaca.json").write_text(json.dumps([alpaca], indent=4))
+    (folder / "texts/one.txt").write_text("word " * 99)
+    (folder / "table.csv").write_text('question,answer\n"What, then?",Nothing\n')
+    chats = f"data.train={folder}/sharegpt.json", f"data.eval={folder}/alpaca.json"
+    columns = "{prompt: question, completion: answer}"
+    texts = f"data.train={folder}/texts", f"data.eval={{path: {folder}/table.csv, columns: {columns}}}"
+    of_chats, of_texts = (train_forked(lab, "published", *words, "--show-batch=9") for words in (chats, texts))
+    assert (of_chats.code, of_texts.code) == (0, 0), of_chats.output + of_texts.output
+    assert f"Hi there<|im_end|>\n<|im_start|>assistant\n{OPEN}Hello to you<|im_end|>{CLOSE}" in of_chats.stdout
+    assert "It is 4<|im_end|>" in of_chats.stdout  # what is trained on in the longest document
+    assert re.search(f"{OPEN}[^{CLOSE}]*word word word", of_texts.stdout)
+    assert "Nothing<|im_end|>" in of_texts.stdout
 
 
 def test_under_a_launcher_rank_0_shows_it(lab: Lab) -> None:

@@ -114,7 +114,7 @@ class BadRows:
         if num_good and (not self.count or self.on_bad_row == "skip"):
             return
         if not self.count:
-            raise UserError(f"{self.source} has no rows.")
+            raise UserError(f"{self.source} has no rows; it must have at least one.")
         num_more = self.count - len(self.problems)
         more = f"{num_more} more bad rows in the source. " if num_more else ""
         if num_good:

@@ -54,6 +54,8 @@ def find_files(path: str, split: str | None) -> tuple[tuple[Path, ...], str]:
     Raises UserError where there are none, or of several kinds.
     """
     place = Path(path)
+    if "://" in path:
+        raise UserError(f"{path} is an address on a network; download the files, or give a hub id (`owner/name`)")
     if place.is_dir():
         files = _of_folder(place, split)
     elif split is not None:
