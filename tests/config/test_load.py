@@ -89,7 +89,8 @@ optimizer:
   lr_multipliers: {'layers\.(0|1)\..*q_proj(?=\.lora)': 0.5, v: 4, ".*": 1.5}
 """
     )
-    config = load_config(write(tmp_path, text), ["model.name_or_path='2024'"])
+    overrides = ["model.name_or_path='2024'", "task=sequence_classification", "classification.labels=['no', 'yes']"]
+    config = load_config(write(tmp_path, text), overrides)
     dumped = dump_config(config)
     assert load_config(write(tmp_path, dumped)) == config
     assert list(yaml.safe_load(dumped)["optimizer"]["lr_multipliers"]) == list(config.optimizer.lr_multipliers)
@@ -98,6 +99,43 @@ optimizer:
         for part in key.split("."):
             assert part in node, key
             node = node[part]
+
+
+def test_a_section_of_another_task_is_neither_taken_nor_written(tmp_path: Path) -> None:
+    assert "classification" not in yaml.safe_load(dump_config(load_config(write(tmp_path, SMALLEST))))
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, SMALLEST), ["classification.metric=f1"])
+    (problem,) = caught.value.problems
+    assert "with task: causal_lm classification.metric must not be set (or set task: sequence" in problem
+
+
+@pytest.mark.parametrize("setting", ["as_in_paper=true", "head_weight_decay=0.1"])
+def test_a_setting_of_a_head_needs_a_head(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(UserError, match=rf"no classification head: optimizer\.{setting.partition('=')[0]} must not"):
+        load_config(write(tmp_path, SMALLEST), [f"optimizer.{setting}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{labels: [a, b], problem: regression}", "must not have labels with problem: regression"),
+        ("{labels: [a, b, a]}", "must name each label once"),
+        ("{labels: [a]}", "at least 2 items"),
+        (
+            "{metric: pearson}",
+            "must have with problem: single_label one of the metrics auto, loss, accuracy, f1, matthews",
+        ),
+        (
+            "{problem: regression, metric: f1}",
+            "must have with problem: regression one of the metrics auto, loss, pearson, spearman",
+        ),
+    ],
+)
+def test_settings_of_classification_that_do_not_go_together(tmp_path: Path, settings: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, SMALLEST + f"task: sequence_classification\nclassification: {settings}\n"))
+    (problem,) = caught.value.problems
+    assert message in problem and "classification" in problem
 
 
 def test_number_without_a_dot_is_a_number(tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ import json
 import shutil
 import signal
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from qvtune.model.quantize import quantize
 from qvtune.versions import repository
 from tests.distributed.worker import LEAKING
-from tests.support.lab import Job, Lab, change_one_weight, make_lab, poison
+from tests.support.lab import Job, Lab, add_encoders, change_one_weight, classifier, make_lab, poison
 from tests.support.varlen_attention import VARLEN
 
 Results = list[dict[str, Any]]  # of each rank: name of the job -> what it returned
@@ -50,6 +50,24 @@ TERMINATED_EARLY = {
     "terminated-loading": {"function": "qvtune.model.loader._fill_quantized", "nth": 3},
 }
 
+
+class Classifier(NamedTuple):
+    """Runs of a classifier: family of the model, kind of labels, more changes, and the launches with such a run."""
+
+    family: str
+    kind: str
+    changes: dict[str, Any]
+    launches: tuple[str, ...]
+
+
+CLASSIFIERS = {
+    "bert": Classifier("bert", "classes", {}, ("on-one", "on-two", "on-three")),
+    "bert-padded": Classifier("bert", "classes", {"data__packing": False}, ("on-three",)),
+    "roberta": Classifier("roberta", "classes", {"model__quantization": "none"}, ("on-two",)),
+    "roberta-scores": Classifier("roberta", "scores", {}, ("on-two", "on-three")),
+    "llama-classes": Classifier("model", "classes", {}, ("on-two", "on-three")),
+}
+
 # Copies of stopped runs, which continue on as many ranks as the name says -> the run, and its changes.
 SHARES = {
     f"shares-{kind}-{num_ranks}": (f"stopped{suffix}", changes)
@@ -66,6 +84,7 @@ SHARES = {
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab = make_lab(tmp_path_factory.mktemp("distributed"))
     poison(lab)
+    add_encoders(lab)
     quantize(lab.folder / "model", lab.folder / "nf4")
     shutil.copytree(lab.folder / "model", lab.folder / "other")
     hpz = json.loads((repository() / "ds_configs" / "zero3_hpz.json").read_text())
@@ -83,6 +102,7 @@ def one(lab: Lab) -> Results:
         _train(lab, "one"),
         _train(lab, "one-micro_batch", train__micro_batch_size=2),
         _train(lab, "full-on-one", **FULL),
+        *_classifiers(lab, "on-one"),
     ]
     return _launch(lab, "one", 1, jobs)
 
@@ -121,6 +141,10 @@ def two(lab: Lab) -> Results:
         _train(lab, "full-unquantized", **FULL, model__quantization="none"),
         _train(lab, "stopped-full", **FULL, **STOP),
         _train(lab, "stopped-full-zero2", **FULL, **ZERO2, **STOP),
+        *_classifiers(lab, "on-two"),
+        _classifier(lab, "bert", "zero2", **ZERO2),
+        _classifier(lab, "bert", "full", **FULL),
+        _classifier(lab, "bert", "stopped", **STOP),
         {
             **_train(lab, "killed", train__save_every=3),  # as step 5 begins: two calls a step, and one at the start
             "signal_at": {"function": "qvtune.train.loop.rows_of_step", "nth": 10, "number": signal.SIGKILL},
@@ -130,6 +154,7 @@ def two(lab: Lab) -> Results:
     change_one_weight(lab.folder / "other" / "model.safetensors")
     for copy in ("refused", "stopped-on-three"):
         lab.copy_run("stopped", copy)
+    lab.copy_run("bert-stopped", "bert-stopped-on-three")
     for copy, (run, _) in SHARES.items():
         lab.copy_run(run, copy)
     return results
@@ -148,6 +173,7 @@ def two_later(lab: Lab, two: Results) -> Results:
         *(_evaluated(lab, name, **changes) for name, (_, changes, _) in TERMINATED.items()),
         *(_train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
         _train(lab, "stopped-full", **FULL),
+        _classifier(lab, "bert", "stopped"),
         _train(lab, "killed", train__save_every=3),
         *_shares(lab, 2),
     ]
@@ -163,6 +189,8 @@ def three(lab: Lab, two: Results) -> Results:
         _train(lab, "three"),
         _train(lab, "stopped-on-three"),
         _train(lab, "full-on-three", **FULL),
+        *_classifiers(lab, "on-three"),
+        _classifier(lab, "bert", "stopped-on-three"),
         *_shares(lab, 3),
     ]
     return _launch(lab, "three", 3, jobs)
@@ -183,6 +211,15 @@ def _shares(lab: Lab, num_ranks: int) -> list[Job]:
 
 def _evaluated(lab: Lab, name: str, **changes: Any) -> Job:
     return _train(lab, name, data__eval=str(lab.folder / "eval.jsonl"), train__eval_every=2, **changes)
+
+
+def _classifiers(lab: Lab, suffix: str) -> list[Job]:
+    return [_classifier(lab, name, suffix) for name, one in CLASSIFIERS.items() if suffix in one.launches]
+
+
+def _classifier(lab: Lab, name: str, suffix: str, **more: Any) -> Job:
+    family, kind, changes, _ = CLASSIFIERS[name]
+    return _train(lab, f"{name}-{suffix}", **classifier(lab, family, kind), **changes, **more)
 
 
 def _rates() -> dict[str, Any]:

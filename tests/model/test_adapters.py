@@ -11,7 +11,7 @@ from torch import nn
 
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
-from qvtune.model.adapters import add_adapters, projection_and_factor, saved_name, trainable
+from qvtune.model.adapters import add_adapters, group_and_factor, saved_name, trainable
 from qvtune.model.families import FAMILIES
 from qvtune.model.loader import load_whole
 from tests.support.tiny import make_model_folder
@@ -35,7 +35,7 @@ def test_only_q_and_v_are_trained(llama_folder: Path, quantization: str) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_projections(tmp_path: Path, family: str) -> None:
     model = adapted(make_model_folder(tmp_path / family, family), AdapterSection(projections=("q", "k", "v", "o")))
-    found = {projection_and_factor(name) for name, _ in trainable(model)}
+    found = {group_and_factor(name) for name, _ in trainable(model)}
     assert found == {(letter, factor) for letter in "qkvo" for factor in "AB"}
 
 
@@ -61,7 +61,7 @@ def test_factors_have_the_compute_dtype_and_the_rank(llama_folder: Path) -> None
     base = load_whole(llama_folder, ModelSection(), torch.bfloat16)
     for name, parameter in trainable(add_adapters(base, AdapterSection(rank=3), "base", seed=0)):
         assert parameter.dtype == torch.bfloat16
-        assert 3 in parameter.shape and projection_and_factor(name)[1] == ("A" if parameter.shape[0] == 3 else "B")
+        assert 3 in parameter.shape and group_and_factor(name)[1] == ("A" if parameter.shape[0] == 3 else "B")
 
 
 @pytest.mark.parametrize(("method", "scaling"), [("lora", 12.0 / 9), ("rslora", 12.0 / 3)])
@@ -102,13 +102,13 @@ def test_all_projections_that_the_model_lacks_are_named() -> None:
     assert "'v' is v_proj" in value
 
 
-def test_projection_and_factor_of_a_name() -> None:
+def test_group_and_factor_of_a_name() -> None:
     path = "base_model.model.model.layers.11.self_attn"
-    assert projection_and_factor(f"{path}.v_proj.lora_B.default.weight") == ("v", "B")
-    assert projection_and_factor(f"{path}.q_proj.lora_A.default.weight") == ("q", "A")
+    assert group_and_factor(f"{path}.v_proj.lora_B.default.weight") == ("v", "B")
+    assert group_and_factor(f"{path}.q_proj.lora_A.default.weight") == ("q", "A")
     path = "base_model.model.encoder.layer.3.attention"
-    assert projection_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
-    assert projection_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
-    assert projection_and_factor("model.layers.11.self_attn.v_proj.weight") == ("v", None)
+    assert group_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
+    assert group_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
+    assert group_and_factor("model.layers.11.self_attn.v_proj.weight") == ("v", None)
     with pytest.raises(AssertionError, match="gate_proj"):
-        projection_and_factor("model.mlp.gate_proj.lora_A.default.weight")
+        group_and_factor("model.mlp.gate_proj.lora_A.default.weight")

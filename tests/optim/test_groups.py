@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
-from qvtune.optim.groups import assert_multipliers, parameter_groups
+from qvtune.optim.groups import assert_multipliers, groups_table, parameter_groups
 
 
 def parameters(letters: str = "qv", num_layers: int = 3) -> list[tuple[str, nn.Parameter]]:
@@ -113,7 +114,7 @@ def test_all_bad_regular_expressions_are_named() -> None:
     with pytest.raises(UserError) as caught:
         groups_of({"(": 2.0, "v": 4.0, "[a": 3.0})
     first, second = caught.value.problems
-    assert "'(' is neither one of q, k, v, o nor a regular expression" in first
+    assert "'(' is neither one of q, k, v, o, head nor a regular expression" in first
     assert "'[a'" in second
 
 
@@ -164,3 +165,62 @@ def test_the_proof_fails_when_the_optimizer_has_other_groups(damage: Any) -> Non
     damage(optimizer.param_groups)
     with pytest.raises(AssertionError):
         assert_multipliers(optimizer.param_groups, groups, lr=1e-3)
+
+
+HEAD = {"weight": torch.ones(2, 4), "bias": torch.ones(2)}
+
+
+def with_head() -> list[tuple[str, nn.Parameter]]:
+    paths = {f"base_model.model.classifier.modules_to_save.default.{kind}": value for kind, value in HEAD.items()} | {
+        f"base_model.model.bert.pooler.modules_to_save.default.dense.{kind}": value for kind, value in HEAD.items()
+    }
+    return [*parameters(), *((name, nn.Parameter(value.clone())) for name, value in paths.items())]
+
+
+def test_a_head_is_a_group_of_its_own_without_decay() -> None:
+    section = OptimizerSection(lr=1e-3, lr_multipliers={"v": 4.0, "head": 8.0}, weight_decay=0.1)
+    groups = parameter_groups(with_head(), section)
+    assert rates(groups) == {"q": 1e-3, "v": 4e-3, "head": 8e-3}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert len(groups[-1]["param_names"]) == 4
+
+
+def test_the_matrices_of_a_head_may_decay_and_its_biases_do_not() -> None:
+    groups = parameter_groups(with_head(), OptimizerSection(lr=1e-3, head_weight_decay=0.5))
+    by_name = {group["name"]: group for group in groups}
+    assert list(by_name) == ["q", "v", "head decay 0.5", "head decay 0"]
+    assert [name.rpartition(".")[2] for name in by_name["head decay 0"]["param_names"]] == ["bias"] * 2
+    optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=1e-3)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group in groups:
+        for parameter in group["params"]:
+            expected = 1 - 1e-3 * group["weight_decay"]
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
+
+
+def test_a_head_as_in_the_paper() -> None:
+    """Its matrices at eta_QK, its biases at eta_V."""
+    named = [*with_head(), *parameters("k")]
+    groups = parameter_groups(named, OptimizerSection(lr=1e-3, lr_multipliers={"v": 4.0}, as_in_paper=True))
+    assert rates(groups) == {"qk": 1e-3, "v": 4e-3}
+    by_name = {group["name"]: set(group["param_names"]) for group in groups}
+    assert by_name["v"] == {name for name, _ in named if "v_proj" in name or name.endswith(".bias")}
+    assert by_name["qk"] == {name for name, _ in named} - by_name["v"]
+    with pytest.raises(ValidationError, match="no other lr_multipliers than v, but has q, head"):
+        OptimizerSection(lr_multipliers={"q": 2.0, "v": 4.0, "head": 1.0}, as_in_paper=True)
+
+
+def test_the_table_shows_count_rate_and_decay() -> None:
+    section = OptimizerSection(lr=1e-3, lr_multipliers={"v": 4.0}, head_weight_decay=0.5)
+    table = groups_table(parameter_groups(with_head(), section))
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert columns == [
+        ["q", "v", "head decay 0.5", "head decay 0"],
+        ["6", "6", "16", "4"],
+        ["0.001", "0.004", "0.001", "0.001"],
+        ["1", "4", "1", "1"],
+        ["0", "0", "0.5", "0"],
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.support.forks import fork_ranks
 from tests.support.processes import Finished
-from tests.support.tiny import make_model_folder, make_tokenizer
+from tests.support.tiny import ENCODERS, make_model_folder, make_tokenizer
 
 MAX_STEPS = 5
 MAX_GRAD_NORM = 0.7  # clips some steps, not all
@@ -117,6 +117,45 @@ def change_one_weight(weights: Path) -> None:
     tensors = load_file(weights)
     tensors["model.layers.1.mlp.down_proj.weight"][5, 7] += 0.25
     save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def add_encoders(lab: Lab) -> None:
+    """``bert/`` and ``roberta/``, and rows with classes and with scores."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for family in ENCODERS:
+        make_model_folder(lab.folder / family, family, hidden_size=60, **no_dropout)
+    for kind in ("classes", "scores"):
+        _write_labelled_rows(lab.folder, kind, seed=2, num_rows=60)
+        _write_labelled_rows(lab.folder / "eval", kind, seed=3, num_rows=13)
+
+
+def classifier(lab: Lab, family: str, kind: str = "classes") -> dict[str, Any]:
+    """What a run of ``Lab.config`` changes to classify, or to predict scores, with an encoder or with ``model``."""
+    return {
+        "task": "sequence_classification",
+        "model__name_or_path": str(lab.folder / family),
+        "optimizer__lr_multipliers": {"v": 4.0, "head": 2.0},
+        "classification": {"problem": "regression"} if kind == "scores" else {},
+        "data__train": str(lab.folder / f"{kind}.jsonl"),
+        "data__eval": str(lab.folder / "eval" / f"{kind}.jsonl"),
+    }
+
+
+def _write_labelled_rows(folder: Path, kind: str, seed: int, num_rows: int) -> None:
+    """Pairs with a class out of three, or single texts with a score far from 0."""
+    chance = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for _ in range(num_rows):
+        words = chance.choices(_WORDS, k=chance.randint(1, 9))
+        row: dict[str, Any] = {"text": " ".join(words)}
+        if kind == "classes":
+            row |= {"text_pair": " ".join(chance.choices(_WORDS, k=2)), "label": ("no", "yes")["python" in words]}
+            row["label"] = "perhaps" if "hello" in words else row["label"]
+        else:
+            row["label"] = 20.25 + len(words)
+        rows.append(row)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_rows(path: Path, seed: int, num_rows: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -58,19 +58,42 @@ def four_bit_config(double_quant: bool = True) -> BitsAndBytesConfig:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with the ChatML template that SmolLM2 uses; fewer tokens than ``VOCABULARY``."""
+    backend = _byte_level_bpe("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def make_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokens with BERT's special tokens around a text, or a pair of texts, and their types."""
+    special = ("[PAD]", "[CLS]", "[SEP]")
+    backend = _byte_level_bpe(*special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in special[1:]],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _byte_level_bpe(*special_tokens: str) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=330,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
+    return backend
 
 
 def make_model_folder(
@@ -91,7 +114,7 @@ def make_model_folder(
     ``shards`` > 1: that many safetensors files or a few more, with an index. ``options`` are further settings of the
     configuration. Encoders are saved as masked language models: with a prefix, a head and without a pooler.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_encoder_tokenizer() if family in ENCODERS else make_tokenizer()
     settings = {
         "hidden_size": 64,
         "head_dim": head_dim,

@@ -16,7 +16,8 @@ VARLEN = "varlen_reference"  # its name among transformers' attention implementa
 
 
 class VarlenAttention:
-    """Causal attention within each document of ``cu_seqlens``; checks what it is given, counts its calls."""
+    """Attention within each document of ``cu_seqlens``, causal where the module is; checks what it is given, counts
+    its calls."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -51,7 +52,12 @@ class VarlenAttention:
         key_HND, value_HND = (states.repeat_interleave(groups, dim=0) for states in (key_HND, value_HND))
         bounds = cu_seq_lens_q.tolist()
         documents = [
-            _causal(query_HND[:, start:end], key_HND[:, start:end], value_HND[:, start:end], scaling, sliding_window)
+            _attend(
+                *(states[:, start:end] for states in (query_HND, key_HND, value_HND)),
+                scaling,
+                module.is_causal,
+                sliding_window,
+            )
             for start, end in pairwise(bounds)
         ]
         output_HND = torch.cat(documents, dim=1)
@@ -67,11 +73,16 @@ def check_metadata(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -
     assert type(max_seqlen) is int and max_seqlen == lengths.max()
 
 
-def _causal(
-    query_HSD: torch.Tensor, key_HSD: torch.Tensor, value_HSD: torch.Tensor, scaling: float, window: int | None
+def _attend(
+    query_HSD: torch.Tensor,
+    key_HSD: torch.Tensor,
+    value_HSD: torch.Tensor,
+    scaling: float,
+    causal: bool,
+    window: int | None,
 ) -> torch.Tensor:
     length = query_HSD.shape[1]
-    hidden_SS = torch.ones(length, length, dtype=torch.bool, device=query_HSD.device).triu(1)
+    hidden_SS = torch.ones(length, length, dtype=torch.bool, device=query_HSD.device).triu(1) & causal
     if window is not None:  # a token sees this many, itself included
         hidden_SS |= torch.ones_like(hidden_SS).tril(-window)
     scores_HSS = (query_HSD @ key_HSD.transpose(1, 2)).float() * scaling

@@ -117,9 +117,21 @@ def test_every_other_setting_decides() -> None:
     assert settings["train"].keys() == {"global_batch_size", "seed"}
     model = {"name_or_path", "revision", "quantization", "double_quant", "dtype", "allow_pickle", "trust_remote_code"}
     assert settings["model"].keys() == model
-    assert settings["optimizer"].keys() == {"lr", "lr_multipliers", "betas", "eps", "weight_decay", "max_grad_norm"}
+    optimizer = {"lr", "lr_multipliers", "betas", "eps", "weight_decay", "max_grad_norm"}
+    assert settings["optimizer"].keys() == optimizer | {"head_weight_decay", "as_in_paper"}
     assert settings.keys() == {"task", "model", "adapter", "optimizer", "schedule", "data", "train"}
     assert json.loads(json.dumps(settings)) == settings, "as it comes back from trainer_state.json"
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings_has_their_defaults(tmp_path: Path) -> None:
+    folder = write_checkpoint(config(tmp_path / "run"), 2)
+    stored = json.loads((folder / "trainer_state.json").read_text())
+    del stored["trajectory"]["optimizer"]["as_in_paper"], stored["trajectory"]["schedule"]["min_ratio"]
+    (folder / "trainer_state.json").write_text(json.dumps(stored))
+    (folder / "manifest.json").write_text("{}")
+    assert find_resume(config(tmp_path / "run")) == folder
+    with pytest.raises(UserError, match=r"schedule\.min_ratio: 0\.5 now, 0\.0 in the checkpoint"):
+        find_resume(config(tmp_path / "run", schedule={"min_ratio": 0.5}))
 
 
 def test_the_record_of_a_new_run(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def describe(error: ErrorDetails, model: type[BaseModel], path: Sequence[str | i
             return f"`{dotted((*path, *location[:-2]))}` has the key {error['input']!r}; a key must be text"
         case kind:
             must_be = _MUST_BE.get(kind) or error["msg"].replace("Input should", "must").removeprefix("Value error, ")
-            return f"`{name}` is {error['input']!r}; it {must_be}"
+            return f"`{name}` is {error['input']!r}; it {must_be}" if name else must_be  # of the whole configuration
 
 
 def _suggest_key(model: type[BaseModel], location: Sequence[str | int], path: Sequence[str | int]) -> str:

@@ -88,16 +88,31 @@ class OptimizerSection(Section):
     lr: PositiveNumber = Field(default=2e-4, description="peak learning rate of groups without a multiplier (eta_QK)")
     lr_multipliers: dict[str, PositiveNumber] = Field(
         default_factory=dict,
-        description="q, k, v, o or a regular expression on parameter names -> factor on lr; the first match wins",
+        description="q, k, v, o, head or a regular expression on parameter names -> factor on lr; the first match wins",
     )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW: decay of the two moments per step")
     eps: PositiveNumber = Field(default=1e-8, description="AdamW: added to the denominator")
     weight_decay: Number = Field(
         default=0.0, ge=0, description="AdamW: parameters shrink by this times the rate per step"
     )
+    head_weight_decay: Number = Field(
+        default=0.0, ge=0, description="the same for the matrices of a classification head; its biases have none"
+    )
+    as_in_paper: bool = Field(
+        default=False,
+        description="group a classification head as the authors of arXiv 2410.02247 do: its matrices with q and k, its "
+        "biases with v; lr_multipliers may then have v alone",
+    )
     max_grad_norm: PositiveNumber = Field(
         default=1.0, description="gradients are clipped to this L2 norm over all trained parameters"
     )
+
+    @model_validator(mode="after")
+    def _only_v_in_the_paper(self) -> Self:
+        if self.as_in_paper and (others := [key for key in self.lr_multipliers if key != "v"]):
+            reason = "with as_in_paper: true must have no other lr_multipliers than v, but has {others}"
+            raise PydanticCustomError("as_in_paper", reason, {"others": ", ".join(others)})
+        return self
 
 
 class ScheduleSection(Section):
@@ -149,11 +164,49 @@ class CheckpointSection(Section):
     )
 
 
+CLASS_METRICS, SCORE_METRICS = ("accuracy", "f1", "matthews"), ("pearson", "spearman")
+
+
+class ClassificationSection(Section):
+    """Task `sequence_classification`: what is predicted of a text, or of a pair of texts."""
+
+    labels: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=2,
+        description="names of the classes, in the order of the model's outputs; null = those of the training rows, "
+        "sorted",
+    )
+    problem: Literal["single_label", "regression"] = Field(
+        default="single_label", description="single_label = one of several classes; regression = a number"
+    )
+    metric: Literal["auto", "loss", "accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+        default="auto",
+        description="decides which checkpoint is the best; auto = accuracy, with regression pearson; f1 = of the "
+        "second of two classes, or the mean over more",
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_problem(self) -> Self:
+        if self.labels is not None and self.problem == "regression":
+            raise PydanticCustomError(
+                "no_labels", "must not have labels with problem: regression, which has no classes"
+            )
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise PydanticCustomError("repeated", "must name each label once")
+        allowed = ("auto", "loss", *(SCORE_METRICS if self.problem == "regression" else CLASS_METRICS))
+        if self.metric not in allowed:
+            reason = "must have with problem: {problem} one of the metrics {allowed}"
+            raise PydanticCustomError("metric", reason, {"problem": self.problem, "allowed": ", ".join(allowed)})
+        return self
+
+
 class RunConfig(Section):
     """A complete run: its task, its folder and its DeepSpeed configuration; everything else is in sections."""
 
-    task: Literal["causal_lm"] = Field(
-        default="causal_lm", description="what is trained: causal_lm = next-token prediction"
+    task: Literal["causal_lm", "sequence_classification"] = Field(
+        default="causal_lm",
+        description="what is trained: causal_lm = next-token prediction; sequence_classification = a class or a number "
+        "for a text or a pair of texts",
     )
     run_dir: str = Field(description="folder of the run: record, checkpoints, logs")
     deepspeed: str = Field(
@@ -166,3 +219,26 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    classification: ClassificationSection = ClassificationSection()
+
+    @model_validator(mode="after")
+    def _head_of_its_task(self) -> Self:
+        given = {"as_in_paper": self.optimizer.as_in_paper, "head_weight_decay": self.optimizer.head_weight_decay}
+        if self.task == "causal_lm" and (names := [name for name, value in given.items() if value]):
+            reason = "with task: causal_lm there is no classification head: optimizer.{names} must not be set"
+            raise PydanticCustomError("no_head", reason, {"names": ", optimizer.".join(names)})
+        return self
+
+    @model_validator(mode="after")
+    def _classification_of_its_task(self) -> Self:
+        if given := sorted(self.classification.model_fields_set) if self.task == "causal_lm" else []:
+            reason = (
+                "with task: causal_lm classification.{given} must not be set (or set task: sequence_classification)"
+            )
+            raise PydanticCustomError("other_task", reason, {"given": ", classification.".join(given)})
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_has_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if self.task != "causal_lm" or key != "classification"}

@@ -21,7 +21,7 @@ class Batch:
     ``labels[b, t]`` is the id that position t must predict, IGNORE_INDEX at a document's last token and wherever there
     is no loss: the loss does not shift. ``position_ids`` count from 0 in each document. ``cu_seqlens`` [documents + 1]
     int32 are offsets into the B*T flattened tokens; the padding of a row is a document of its own, so the last entry is
-    B*T. ``max_seqlen`` is the longest document's length.
+    B*T. ``max_seqlen`` is the longest document's length. ``token_type_ids`` is None for models that have no such types.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +29,7 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    token_type_ids: torch.Tensor | None = None
 
     @property
     def num_label_tokens(self) -> int:
@@ -43,25 +44,35 @@ class Batch:
             self.position_ids.to(device),
             self.cu_seqlens.to(device),
             self.max_seqlen,
+            None if self.token_type_ids is None else self.token_type_ids.to(device),
         )
 
 
-def collate(rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
-    """Stack rows, padded at the right to the length of the longest, rounded up to LENGTH_MULTIPLE."""
+def collate(rows: Sequence[PackedRow], pad_token_id: int, *, shift: bool = True) -> Batch:
+    """Stack rows, padded at the right to the length of the longest, rounded up to LENGTH_MULTIPLE.
+
+    ``shift``: labels are tokens, which the position before has to predict; else each stays at its position.
+    """
     length = _round_up(max(len(row.input_ids) for row in rows))
     input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
+    token_type_ids = np.zeros_like(input_ids) if any(len(row.token_type_ids) for row in rows) else None
     segments: list[int] = []
     for index, row in enumerate(rows):
         num_tokens = len(row.input_ids)
         assert row.document_lengths.sum() == num_tokens
         input_ids[index, :num_tokens] = row.input_ids
-        labels[index, : num_tokens - 1] = row.labels[1:]
-        labels[index, np.cumsum(row.document_lengths) - 1] = IGNORE_INDEX
+        if shift:
+            labels[index, : num_tokens - 1] = row.labels[1:]
+            labels[index, np.cumsum(row.document_lengths) - 1] = IGNORE_INDEX
+        else:
+            labels[index, :num_tokens] = row.labels
+        if token_type_ids is not None:
+            token_type_ids[index, :num_tokens] = row.token_type_ids
         segments.extend(row.document_lengths.tolist())
         if num_tokens < length:
             segments.append(length - num_tokens)
-    return _with_segments(input_ids, labels, segments)
+    return _with_segments(input_ids, labels, segments, token_type_ids)
 
 
 def separate(batch: Batch) -> Batch:
@@ -69,19 +80,23 @@ def separate(batch: Batch) -> Batch:
 
     Documents without a label, such as padding, are dropped: they have no loss. Padded with token 0.
     """
-    bounds = batch.cu_seqlens.tolist()
-    ids, labels = batch.input_ids.flatten().cpu().numpy(), batch.labels.flatten().cpu().numpy()
-    rows = [
-        PackedRow(
-            input_ids=ids[start:end].astype(np.int32),
-            labels=np.concatenate(([IGNORE_INDEX], labels[start : end - 1])).astype(np.int32),
-            document_lengths=np.array([end - start], dtype=np.int32),
-        )
-        for start, end in pairwise(bounds)
-        if (labels[start:end] != IGNORE_INDEX).any()
+    labels = batch.labels.flatten()
+    spans = [
+        (start, end) for start, end in pairwise(batch.cu_seqlens.tolist()) if (labels[start:end] != IGNORE_INDEX).any()
     ]
-    assert rows, "a batch without labels has nothing to compare"
-    return collate(rows, pad_token_id=0).to(batch.input_ids.device)
+    assert spans, "a batch without labels has nothing to compare"
+    length = _round_up(max(end - start for start, end in spans))
+    segments = [size for start, end in spans for size in (end - start, length - (end - start)) if size]
+
+    def cut(values: torch.Tensor, padding: int) -> np.ndarray:
+        rows = np.full((len(spans), length), padding, dtype=np.int64)
+        for row, (start, end) in zip(rows, spans, strict=True):
+            row[: end - start] = values.flatten()[start:end].cpu().numpy()
+        return rows
+
+    token_type_ids = None if batch.token_type_ids is None else cut(batch.token_type_ids, 0)
+    apart = _with_segments(cut(batch.input_ids, 0), cut(batch.labels, IGNORE_INDEX), segments, token_type_ids)
+    return apart.to(batch.input_ids.device)
 
 
 def empty_batch(pad_token_id: int) -> Batch:
@@ -90,7 +105,9 @@ def empty_batch(pad_token_id: int) -> Batch:
     return _with_segments(input_ids, np.full_like(input_ids, IGNORE_INDEX), [LENGTH_MULTIPLE])
 
 
-def _with_segments(input_ids: np.ndarray, labels: np.ndarray, segments: Sequence[int]) -> Batch:
+def _with_segments(
+    input_ids: np.ndarray, labels: np.ndarray, segments: Sequence[int], token_type_ids: np.ndarray | None = None
+) -> Batch:
     position_ids = np.concatenate([np.arange(segment, dtype=np.int64) for segment in segments])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -98,6 +115,7 @@ def _with_segments(input_ids: np.ndarray, labels: np.ndarray, segments: Sequence
         position_ids=torch.from_numpy(position_ids.reshape(input_ids.shape)),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *segments], dtype=np.int32)),
         max_seqlen=max(segments),
+        token_type_ids=None if token_type_ids is None else torch.from_numpy(token_type_ids),
     )
 
 

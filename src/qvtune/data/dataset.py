@@ -29,7 +29,7 @@ from qvtune.storage.files import write_json
 CACHE_VERSION = 4  # increment it when the same rows would give other tokens, labels, columns or statistics
 ROWS_PER_CALL = 64  # of the tokenizer
 ROWS_FILE, STATISTICS_FILE = "rows.arrow", "statistics.json"
-LISTS = ("input_ids", "labels", "document_lengths")
+LISTS = ("input_ids", "labels", "document_lengths", "token_type_ids")  # the last one empty where a model has none
 FEATURES = Features(
     {name: List(Value("int32")) for name in LISTS} | {"num_tokens": Value("int64"), "num_label_tokens": Value("int64")}
 )
@@ -58,12 +58,17 @@ class TokenRows:
 
 
 class RowTokenizer(Protocol):
-    """What makes tokens and labels of a row: a task. ``name`` is part of the cache's key."""
+    """What makes tokens and labels of a row: a task. ``cache_key`` is part of the cache's key."""
 
-    name: str
+    cache_key: str
 
-    def tokenize(self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn) -> list[list[Document] | BadRowError]:
-        """As ``qvtune.data.tokenize.tokenize_rows``."""
+    def tokenize(
+        self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn, max_length: int
+    ) -> list[list[Document] | BadRowError]:
+        """The documents of each row, or why it cannot be used; see ``qvtune.data.tokenize.tokenize_rows``.
+
+        What is longer than ``max_length`` tokens is cut there, unless the task has done that in a better place.
+        """
 
 
 def build_token_rows(
@@ -80,10 +85,10 @@ def build_token_rows(
     cache is unchanged.
     """
     opened = open_source(source)
-    folder = cache_dir / _fingerprint(opened, config, tokenizer, task.name)
+    folder = cache_dir / _fingerprint(opened, config, tokenizer, task.cache_key)
     if not folder.is_dir():
         documents, counts = _tokenize_source(opened, config, tokenizer, task, between_rows)
-        lengths = [len(document) for document, _ in documents]
+        lengths = [len(ids) for ids, _, _ in documents]
         groups = pack(lengths, config.max_length) if config.packing else [[index] for index in range(len(documents))]
         with atomic_folder(folder, if_taken="keep") as private:
             _write_rows(private / ROWS_FILE, documents, groups, between_rows)
@@ -100,12 +105,12 @@ def _blocks(path: Path) -> Iterator[RowBlock]:
     """All rows in order, about a thousand at a time, without a copy of the file."""
     first_row = 0
     for batch in _memory_map(path).data.to_batches():
-        ids, labels, lengths = (batch.column(name).flatten().to_numpy() for name in LISTS)
-        yield RowBlock(first_row, ids, labels, lengths, batch.column(LISTS[-1]).value_lengths().to_numpy())
+        ids, labels, lengths, _ = (batch.column(name).flatten().to_numpy() for name in LISTS)
+        yield RowBlock(first_row, ids, labels, lengths, batch.column("document_lengths").value_lengths().to_numpy())
         first_row += len(batch)
 
 
-IdsAndLabels = tuple[NDArray[np.int32], NDArray[np.int32]]
+Tokens = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]  # ids, labels, types
 
 
 def _tokenize_source(
@@ -114,14 +119,15 @@ def _tokenize_source(
     tokenizer: PreTrainedTokenizerBase,
     task: RowTokenizer,
     between_rows: Callable[[], None],
-) -> tuple[list[IdsAndLabels], dict[str, Any]]:
+) -> tuple[list[Tokens], dict[str, Any]]:
     bad = BadRows(source.settings.path, config.on_bad_row)
-    documents: list[IdsAndLabels] = []
+    documents: list[Tokens] = []
     num_good = num_dropped = num_truncated = num_split = 0
     rows = read_rows(source, bad, between_rows)
     while part := list(islice(rows, ROWS_PER_CALL)):
         between_rows()
-        for row, found in zip(part, task.tokenize(part, tokenizer, _loss_on(source)), strict=True):
+        tokenized = task.tokenize(part, tokenizer, _loss_on(source), config.max_length)
+        for row, found in zip(part, tokenized, strict=True):
             if isinstance(found, BadRowError):
                 bad.add(row.place, found)
                 continue
@@ -131,7 +137,8 @@ def _tokenize_source(
             for document in found:
                 pieces = _pieces(document, config.max_length, divide=is_text)
                 num_dropped += not pieces
-                num_truncated += bool(pieces) and not is_text and len(document.ids) > config.max_length
+                is_cut = document.truncated or (not is_text and len(document.ids) > config.max_length)
+                num_truncated += bool(pieces) and is_cut
                 documents += pieces
     bad.check(num_good)
     if not documents:
@@ -148,14 +155,16 @@ def _tokenize_source(
     return documents, counts
 
 
-def _pieces(document: Document, max_length: int, divide: bool) -> list[IdsAndLabels]:
+def _pieces(document: Document, max_length: int, divide: bool) -> list[Tokens]:
     """The first ``max_length`` tokens or, where the document may be divided, all; without pieces that have no label."""
     pieces = []
+    lists = (document.ids, document.labels, document.token_type_ids)
     for start in range(0, len(document.ids), max_length) if divide else (0,):
-        ids, labels = (np.array(one[start : start + max_length], np.int32) for one in (document.ids, document.labels))
-        labels[0] = IGNORE_INDEX  # there is no token before it to predict it from
+        ids, labels, types = (np.array(one[start : start + max_length], np.int32) for one in lists)
+        if start:
+            labels[0] = IGNORE_INDEX  # there is no token before it to predict it from
         if (labels != IGNORE_INDEX).any():
-            pieces.append((ids, labels))
+            pieces.append((ids, labels, types))
     return pieces
 
 
@@ -166,20 +175,21 @@ def _loss_on(source: Source) -> LossOn:
 
 def _write_rows(
     path: Path,
-    documents: Sequence[IdsAndLabels],
+    documents: Sequence[Tokens],
     groups: Sequence[Sequence[int]],
     between_rows: Callable[[], None],
 ) -> None:
     with ArrowWriter(path=str(path), features=FEATURES) as writer:
         for group in groups:
             between_rows()
-            input_ids = np.concatenate([documents[index][0] for index in group])
-            labels = np.concatenate([documents[index][1] for index in group])
+            lists = zip(*(documents[index] for index in group), strict=True)
+            input_ids, labels, token_type_ids = (np.concatenate(values) for values in lists)
             writer.write(
                 {
                     "input_ids": input_ids,
                     "labels": labels,
                     "document_lengths": np.array([len(documents[index][0]) for index in group], np.int32),
+                    "token_type_ids": token_type_ids,
                     "num_tokens": len(input_ids),
                     "num_label_tokens": int((labels != IGNORE_INDEX).sum()),
                 }

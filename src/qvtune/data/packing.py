@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 class PackedRow:
     """Documents one after another: ``input_ids`` and ``labels`` of [tokens], ``document_lengths`` of [documents].
 
-    ``labels`` are not shifted: labels[t] is input_ids[t] where that token has to be predicted, else IGNORE_INDEX; the
-    first token of a document always has IGNORE_INDEX.
+    ``labels`` are not shifted. Task causal_lm: labels[t] is input_ids[t] where that token has to be predicted, else
+    IGNORE_INDEX; the first token of a document always has IGNORE_INDEX. Task sequence_classification: the first token
+    of a document has the document's label, all others IGNORE_INDEX. ``token_type_ids``: of [tokens], or of [0] where
+    the model has no types.
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     document_lengths: NDArray[np.int32]
+    token_type_ids: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:

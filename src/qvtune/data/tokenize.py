@@ -1,7 +1,7 @@
 """Rows -> token ids and labels: the assistant's turns, or the completion."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,10 +15,15 @@ from qvtune.errors import UserError
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens of a row; ``labels`` are not shifted: labels[t] is ids[t] or IGNORE_INDEX, the latter at t = 0."""
+    """Tokens of a row, as ``PackedRow`` has them.
+
+    ``truncated``: the row had more tokens. ``token_type_ids``: empty where the model has no types.
+    """
 
     ids: list[int]
     labels: list[int]
+    truncated: bool = False
+    token_type_ids: list[int] = field(default_factory=list)
 
 
 def tokenize_rows(

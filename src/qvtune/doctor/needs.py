@@ -17,6 +17,7 @@ from qvtune.model.loader import open_base
 from qvtune.model.nf4 import NF4Linear
 from qvtune.model.shard import Shard
 from qvtune.storage.safetensors import TensorFiles
+from qvtune.tasks import get_task
 
 _PROCESS = 700 << 20  # resident memory of a rank after imports and start of gloo, before it loads anything (measured)
 _FP32_STATE = 12  # per trained element: fp32 master and AdamW's two moments
@@ -59,10 +60,11 @@ def needs_of(config: RunConfig, folder: Path, world_size: int, dtype: torch.dtyp
     """
     zero = _zero_section(config)
     with naming_setting("model.name_or_path"):
-        base = open_base(folder, config.model, dtype, "sdpa", config.adapter)
+        head = get_task(config.task, config.classification).head(config.train.seed)
+        base = open_base(folder, config.model, dtype, "sdpa", config.adapter, head)
     frozen = list(base.skeleton.parameters())
     largest = max(_num_weights(base.skeleton)) * dtype.itemsize
-    adapted = add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed)
+    adapted = add_adapters(base.model, config.adapter, str(folder), config.train.seed, new_modules=base.new_modules)
     trained = [parameter for _, parameter in trainable(adapted)]
     added = [parameter for parameter in trained if not any(parameter is one for one in frozen)]
     every_rank = Shard(0, world_size)

@@ -1,6 +1,7 @@
 """Which parameters are trained: PEFT's adapters on the chosen attention projections, or these matrices themselves."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,29 @@ from torch import nn
 from qvtune.config.schema import AdapterSection
 from qvtune.errors import UserError
 from qvtune.model.families import FAMILIES, ends_in, family_of, trained_matrices
+from qvtune.model.head import HEADS, POOLER
 
+HEAD = "head"
 PROJECTIONS = tuple(FAMILIES["llama"].projections)  # q, k, v, o: what a user writes, the same for every family
 _LETTER_OF = {module: letter for family in FAMILIES.values() for letter, module in family.projections.items()}
+GROUPS = (*PROJECTIONS, HEAD)  # what a trained parameter can belong to
+_HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join((*HEADS, POOLER))})\.")
 _TRAINED_NAME = re.compile(
     rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})\.(?:lora_(?P<factor>[AB])\.default\.)?weight$"
 )
 
 
 def add_adapters(
-    base: nn.Module, adapter: AdapterSection, base_name: str, seed: int, task_type: str | None = None
+    base: nn.Module,
+    adapter: AdapterSection,
+    base_name: str,
+    seed: int,
+    task_type: str | None = None,
+    new_modules: Sequence[str] = (),
 ) -> nn.Module:
     """Make the chosen projections trainable, and nothing else: ``base`` in a ``PeftModel`` with factors beside them.
+
+    Nothing else but ``new_modules``, paths of a task's head: PEFT trains a copy of each, its ``modules_to_save``.
 
     The initial values depend on ``seed`` alone, so all ranks make the same ones. Factors have the base's compute dtype.
     ``task_type`` is PEFT's, which chooses the class of the PeftModel and is saved; None: the plain one.
@@ -45,6 +57,8 @@ def add_adapters(
         for path, module in base.named_modules():
             if ends_in(path, trained_matrices(adapter, family)):
                 module.weight.requires_grad_(True)
+        for path in new_modules:
+            base.get_submodule(path).requires_grad_(True)
         return base
     config = LoraConfig(
         task_type=task_type,
@@ -54,6 +68,8 @@ def add_adapters(
         use_rslora=adapter.method == "rslora",
         target_modules=[family.projections[letter] for letter in adapter.projections],
         base_model_name_or_path=base_name,
+        # PEFT itself adds the names that its task type has for heads.
+        modules_to_save=[path.rpartition(".")[2] for path in new_modules] or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,19 +87,26 @@ def transformers_model(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
-def projection_and_factor(parameter_name: str) -> tuple[str, str | None]:
-    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor."""
+def group_and_factor(parameter_name: str) -> tuple[str, str | None]:
+    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor.
+
+    Parameters of a head, and of the pooler that belongs to it, are in the group ``head``.
+    """
     match = _TRAINED_NAME.search(parameter_name)
-    assert match is not None, parameter_name
+    if match is None:
+        assert _HEAD_NAME.search(parameter_name), parameter_name
+        return HEAD, None
     return _LETTER_OF[match["module"]], match["factor"]
 
 
-def projection_pattern(letter: str) -> str:
-    """A regular expression that finds a projection's module, whatever the family calls it, in a parameter's name."""
-    modules = [re.escape(module) for module, owner in _LETTER_OF.items() if owner == letter]
+def group_pattern(group: str) -> str:
+    """A regular expression for the names of a group's parameters, whatever the family calls its modules."""
+    if group == HEAD:
+        return _HEAD_NAME.pattern
+    modules = [re.escape(module) for module, owner in _LETTER_OF.items() if owner == group]
     return rf"\.(?:{'|'.join(modules)})\."
 
 
 def saved_name(parameter_name: str) -> str:
     """The name of a parameter in a checkpoint: that of PEFT's files; a matrix of the base has the base's own."""
-    return parameter_name.replace(".default.weight", ".weight")
+    return parameter_name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvtune.config.schema import AdapterSection
+from qvtune.model.head import is_head_tensor
+from qvtune.storage.safetensors import COMPUTED
 
 _DECODER = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _ENCODER = {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense"}
@@ -18,10 +20,14 @@ _ENCODER = {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense
 
 @dataclass(frozen=True)
 class Family:
-    """``projections``: what a user writes -> the end of a module's path. An encoder is loaded without a task's head."""
+    """``projections``: what a user writes -> the end of a module's path. An encoder is loaded without a task's head.
+
+    ``positions_after_padding``: learned positions of tokens start behind the position of the padding.
+    """
 
     projections: Mapping[str, str]
     is_encoder: bool = False
+    positions_after_padding: bool = False
 
 
 FAMILIES = {
@@ -31,7 +37,7 @@ FAMILIES = {
     "qwen3": Family(_DECODER),
     "gemma3_text": Family(_DECODER),
     "bert": Family(_ENCODER, is_encoder=True),
-    "roberta": Family(_ENCODER, is_encoder=True),
+    "roberta": Family(_ENCODER, is_encoder=True, positions_after_padding=True),
 }
 
 _EXPERTS = (
@@ -91,17 +97,27 @@ def ends_in(path: str, ends: Iterable[str]) -> bool:
     return f".{path}".endswith(tuple(f".{end}" for end in ends))
 
 
+def names_of_base(stored: Iterable[str], family: str, *, has_head: bool) -> dict[str, str]:
+    """Name in the model -> name in a checkpoint, of what is read.
+
+    With ``has_head`` the model is one for sequence classification, whose head is no part of the base.
+    """
+    if FAMILIES[family].is_encoder:
+        return encoder_names(stored, family)
+    return {name: name for name in stored if not (has_head and is_head_tensor(name))}
+
+
 def encoder_names(stored: Iterable[str], family: str) -> dict[str, str]:
     """Name in the bare encoder -> name in a checkpoint; what belongs to another task's head is left out.
 
     Checkpoints of a task have the encoder under ``bert.`` or ``roberta.``, those of the encoder alone do not. The
     oldest (bert-base-uncased) call weight and bias of a layer norm ``gamma`` and ``beta``.
     """
-    stored, prefix = list(stored), f"{family}."
+    stored, prefix = [name for name in stored if not name.endswith(COMPUTED)], f"{family}."
     if any(name.startswith(prefix) for name in stored):
         own = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
     else:
-        own = {name: name for name in stored if not name.startswith(("cls.", "lm_head."))}
+        own = {name: name for name in stored if not is_head_tensor(name)}
     old = {"gamma": "weight", "beta": "bias"}
     return {
         re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda found: old[found[0]], new): name for new, name in own.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qvtune.errors import UserError
+from qvtune.model.head import is_head_tensor
 from qvtune.model.shard import Placement
 from qvtune.storage.atomic import atomic_file
 from qvtune.storage.checksum import add_checksums, all_finite, partial_checksum
@@ -93,8 +94,13 @@ def _of_source(manifest: Path, found: Fingerprint) -> Fingerprint:
 
 
 def require_same(expected: Fingerprint, found: Fingerprint, what: str, advice: str) -> None:
-    """Raises UserError naming the tensors that differ; ``what`` is compared, ``advice`` says what to do."""
-    differing = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    """Raises UserError naming the tensors that differ; ``what`` is compared, ``advice`` says what to do.
+
+    The tensors of a head may be in one of the two alone: whoever trains for a task with another head reads the rest.
+    """
+    heads = {name for name in expected.keys() ^ found.keys() if is_head_tensor(name)}
+    names = sorted((expected.keys() | found.keys()) - heads)
+    differing = [name for name in names if expected.get(name) != found.get(name)]
     if differing:
         problems = [
             f"{what}: tensor {name!r} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
@@ -118,7 +124,9 @@ def require_unchanged(weights: TensorSource, found: Fingerprint, records: Path) 
         if record["files"] == files:
             advice = f"these bytes have changed since {folder} was read first; if they were meant to, delete {path}"
             require_same(record["tensors"], found, str(folder), advice)
-            return
+            if found.keys() <= record["tensors"].keys():
+                return
+            found = record["tensors"] | found
     records.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as private:
         private.write_text(json.dumps({"folder": str(folder), "files": files, "tensors": found}), encoding="utf-8")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +15,13 @@ from torch import nn
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 from qvtune.model import prequantized
-from qvtune.model.families import FAMILIES, encoder_names, ends_in, trained_matrices
+from qvtune.model.families import FAMILIES, ends_in, names_of_base, trained_matrices
 from qvtune.model.fingerprint import ContentChecksums, Fingerprint
+from qvtune.model.head import HeadSettings, make_new_modules
 from qvtune.model.nf4 import Layout, NF4Linear, first_own_weight, quantize_shard
 from qvtune.model.prequantized import StoredNF4
 from qvtune.model.shard import Placement, Whole, resident_bytes
-from qvtune.model.skeleton import build_skeleton, read_model_config
+from qvtune.model.skeleton import mark_for_nf4, plain_skeleton, read_model_config
 from qvtune.storage.safetensors import StoredTensor, TensorFiles, TensorSource, open_weights
 from qvtune.system import peak_rss_bytes, return_freed_memory
 
@@ -36,11 +38,18 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Base:
-    """An opened base that fits its architecture: what ``fill`` needs, and nothing read yet but headers."""
+    """An opened base that fits its architecture: what ``fill`` needs, and nothing read yet but headers.
+
+    ``skeleton``: the architecture of what is read, under the names of the files. ``model``: all of the model, which is
+    more where a task has a head: that is in ``new_modules`` (paths in ``model``), and filled. ``head_note``: from what.
+    """
 
     skeleton: nn.Module
     weights: TensorFiles
     stored: Mapping[str, StoredNF4]
+    model: nn.Module
+    new_modules: tuple[str, ...] = ()
+    head_note: str = ""
 
     def quantized(self) -> dict[str, Layout]:
         """Layout of every matrix that training sees in NF4, by the name of its tensor."""
@@ -64,25 +73,39 @@ def quantized_layouts(skeleton: nn.Module) -> dict[str, Layout]:
 
 
 def open_base(
-    folder: Path, model: ModelSection, dtype: torch.dtype, attention: str, adapter: AdapterSection | None = None
+    folder: Path,
+    model: ModelSection,
+    dtype: torch.dtype,
+    attention: str,
+    adapter: AdapterSection | None = None,
+    head: HeadSettings | None = None,
 ) -> Base:
     """The folder's architecture without memory, its matrices marked for NF4, compared with its tensors.
 
-    Matrices that ``adapter`` trains themselves (method ``full``) are not quantized.
-    Raises UserError with all that does not fit, by name, before anything is read.
+    Matrices that ``adapter`` trains themselves (method ``full``) are not quantized. With ``head`` the model is the one
+    for sequence classification. Raises UserError with all that does not fit, by name, before anything else is read.
     """
     config = read_model_config(folder, model)
-    weights = open_weights(folder, model.allow_pickle)
+    files = open_weights(folder, model.allow_pickle)
     family = FAMILIES[config.model_type]
-    if family.is_encoder:
-        weights = weights.renamed(encoder_names(weights, config.model_type))
+    weights = files.renamed(names_of_base(files, config.model_type, has_head=head is not None))
     stored = prequantized.stored_matrices(weights)
     trained = trained_matrices(adapter, family) if adapter is not None else ()
     _check_settings(folder, model, stored, trained)
-    with_pooler = "pooler.dense.weight" in weights  # checkpoints of tasks that do without it have none
-    skeleton = build_skeleton(config, model, dtype, attention, stored.keys(), trained=trained, with_pooler=with_pooler)
+    new_modules: tuple[str, ...] = ()
+    note = ""
+    whole: Any
+    if head is None:
+        pooler = "pooler.dense.weight" in weights  # checkpoints of tasks that do without it have none
+        whole = skeleton = plain_skeleton(config, model, dtype, attention, with_pooler=pooler)
+    else:
+        stored_labels = list(config.id2label.values())
+        whole = plain_skeleton(config, model, dtype, attention, head=head)
+        new_modules, note = make_new_modules(whole, files, head, stored_labels, dtype)
+        skeleton = whole.base_model if family.is_encoder else whole
+    mark_for_nf4(skeleton, model, dtype, stored.keys(), trained)
     check_tensors(skeleton, weights, stored)
-    return Base(skeleton, weights, stored)
+    return Base(skeleton, weights, stored, whole.requires_grad_(False), new_modules, note)
 
 
 def load_whole(
@@ -96,7 +119,7 @@ def load_whole(
     """The base as training with ``adapter`` sees it, whole in one process, without DeepSpeed."""
     base = open_base(folder, model, dtype, attention, adapter)
     fill(base, Whole(device or torch.device("cpu")), dtype)
-    return base.skeleton
+    return base.model
 
 
 def _check_settings(
@@ -140,9 +163,14 @@ def check_tensors(skeleton: nn.Module, weights: TensorSource, stored: Mapping[st
 
 
 def _expected_shapes(skeleton: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as a Hugging Face checkpoint has them; a tied tensor under its first name only."""
+    """Names and shapes as a Hugging Face checkpoint has them; a tied tensor under its first name only.
+
+    What is not empty was made, and is not expected in a file.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in skeleton.named_parameters():
+        if not parameter.is_meta:
+            continue
         module = skeleton.get_submodule(name.rpartition(".")[0])
         if not isinstance(module, NF4Linear) or name.endswith(".bias"):
             shapes[name] = tuple(parameter.shape)
@@ -200,7 +228,7 @@ def fill(
     if placement.shard.rank == 0:
         for name in prequantized.descriptions(base.weights, base.stored):  # all ranks have read them
             checksums.set_whole(name, base.weights.read(name))
-    base.skeleton.to(placement.device)  # the buffers; parameters are there already
+    base.model.to(placement.device)  # buffers and new modules; what was read is there already
     content = checksums.fingerprint(placement)
     report = LoadReport(
         seconds=time.monotonic() - started,

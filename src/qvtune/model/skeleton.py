@@ -11,6 +11,7 @@ from torch import nn
 from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.model.families import FAMILIES, ends_in, obstacles
+from qvtune.model.head import HeadSettings
 from qvtune.model.nf4 import NF4Linear
 
 
@@ -54,16 +55,29 @@ def build_skeleton(
 ) -> nn.Module:
     """The causal language model, or the bare encoder, with empty ("meta") parameters and real buffers.
 
-    With ``model.quantization: nf4`` every ``nn.Linear`` but the output head becomes an ``NF4Linear``, the choice of
-    QLoRA and of transformers' own 4-bit loading; where the checkpoint has matrices ``stored`` in 4 bits, just those.
-    A module whose path ends in one of ``trained`` keeps its matrix whole.
-    ``with_pooler`` concerns encoders only. Raises UserError where transformers cannot build the model.
+    As ``mark_for_nf4``. ``with_pooler`` concerns encoders only. Raises UserError where transformers cannot build the
+    model.
     """
-    skeleton = _plain_skeleton(config, model, dtype, attention, with_pooler=with_pooler)
+    skeleton = plain_skeleton(config, model, dtype, attention, with_pooler=with_pooler)
+    return mark_for_nf4(skeleton, model, dtype, stored, trained)
+
+
+def mark_for_nf4(
+    skeleton: nn.Module,
+    model: ModelSection,
+    dtype: torch.dtype,
+    stored: Collection[str] = (),
+    trained: tuple[str, ...] = (),
+) -> nn.Module:
+    """Freeze ``skeleton``; with ``model.quantization: nf4`` make each empty ``nn.Linear`` an ``NF4Linear``.
+
+    Not the output head: the choice of QLoRA and of transformers' own 4-bit loading. Where the checkpoint has matrices
+    ``stored`` in 4 bits, just those. A module whose path ends in one of ``trained`` keeps its matrix whole.
+    """
     if model.quantization == "nf4":
         head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
         for name, module in list(skeleton.named_modules()):
-            if type(module) is not nn.Linear or ends_in(name, trained):
+            if type(module) is not nn.Linear or not module.weight.is_meta or ends_in(name, trained):
                 continue
             if name in stored if stored else module is not head:
                 skeleton.set_submodule(
@@ -79,26 +93,37 @@ def build_skeleton(
     return skeleton.requires_grad_(False)
 
 
-def _plain_skeleton(
-    config: Any, model: ModelSection, dtype: torch.dtype, attention: str, *, with_pooler: bool = True
+def plain_skeleton(
+    config: Any,
+    model: ModelSection,
+    dtype: torch.dtype,
+    attention: str,
+    *,
+    with_pooler: bool = True,
+    head: HeadSettings | None = None,
 ) -> nn.Module:
-    """The transformers model with nothing of ours in it."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    """The transformers model with nothing of ours in it; with ``head`` that for sequence classification."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     is_encoder = FAMILIES[config.model_type].is_encoder
-    options: dict[str, Any] = {"add_pooling_layer": with_pooler} if is_encoder else {}
-    options |= {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    options: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    architecture: Any = AutoModel if is_encoder else AutoModelForCausalLM
+    if head is not None:
+        architecture = AutoModelForSequenceClassification
+        head.apply_to(config)
+    elif is_encoder:
+        options["add_pooling_layer"] = with_pooler
     with _model_errors(config, "build the model"):
-        built: nn.Module = without_weights(AutoModel if is_encoder else AutoModelForCausalLM, config, dtype, **options)
+        built: nn.Module = without_weights(architecture, config, dtype, **options)
     return built
 
 
-def require_forward(config: Any, model: ModelSection) -> None:
+def require_forward(config: Any, model: ModelSection, head: HeadSettings | None = None) -> None:
     """Run the model's forward once without memory, on the meta device, where shapes are all there is.
 
     Raises UserError where transformers' own code fails with this configuration, before anything of ours is involved.
     """
-    skeleton = _plain_skeleton(config, model, torch.float32, "sdpa").to("meta")
+    skeleton = plain_skeleton(config, model, torch.float32, "sdpa", head=head).to("meta")
     if not type(skeleton).__module__.startswith("transformers."):
         return  # code of the model folder may look at values, which the meta device does not have
     with _model_errors(config, "run its forward"), torch.no_grad():

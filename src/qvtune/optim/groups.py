@@ -4,55 +4,99 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.table import Column, Table
 from torch import nn
 
 from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
-from qvtune.model.adapters import PROJECTIONS, projection_and_factor, projection_pattern
+from qvtune.model.adapters import GROUPS, HEAD, group_and_factor, group_pattern
 
 
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerSection
 ) -> list[dict[str, Any]]:
-    """One group for each (projection, multiplier) that occurs; every parameter in exactly one, none empty.
+    """One group for each (projection or head, multiplier, decay) that occurs; every parameter in one, none empty.
 
-    A group holds ``name``, ``params``, ``param_names``, ``multiplier`` and ``initial_lr`` = ``optimizer.lr`` times the
-    multiplier. The first pattern of ``optimizer.lr_multipliers`` that matches a parameter's name decides; none: 1.
+    A group holds ``name``, ``params``, ``param_names``, ``multiplier``, ``initial_lr`` = ``optimizer.lr`` times the
+    multiplier, and ``weight_decay``. The first pattern of ``optimizer.lr_multipliers`` that matches a parameter's name
+    decides; none: 1. Matrices of a head have ``optimizer.head_weight_decay``, its biases none. With
+    ``optimizer.as_in_paper`` the groups are ``qk`` and ``v``, where a head's matrices and its biases belong to.
 
     Raises UserError listing the patterns that are no regular expression or that decide for no parameter.
     """
     patterns = _compile(optimizer.lr_multipliers)
     used: set[str] = set()
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     names = []
     for name, parameter in parameters:
         names.append(name)
-        letter, _ = projection_and_factor(name)
+        letter, _ = group_and_factor(name)
+        decay = _weight_decay(letter, name, optimizer)
         pattern = next((key for key, expression in patterns if expression.search(name)), None)
+        if optimizer.as_in_paper:
+            letter = _group_in_paper(letter, name)
+            pattern = letter if letter in optimizer.lr_multipliers else None
         used |= {pattern} if pattern is not None else set()
         multiplier = optimizer.lr_multipliers[pattern] if pattern is not None else 1.0
-        group = groups.setdefault((letter, multiplier), {"params": [], "param_names": [], "multiplier": multiplier})
+        group = groups.setdefault(
+            (letter, multiplier, decay),
+            {"params": [], "param_names": [], "multiplier": multiplier, "weight_decay": decay},
+        )
         group["params"].append(parameter)
         group["param_names"].append(name)
     unused = [key for key, _ in patterns if key not in used]
     if unused:
         raise UserError([_no_match(key, names) for key in unused])
-    several = {letter for letter, _ in groups if sum(other == letter for other, _ in groups) > 1}
-    for (letter, multiplier), group in groups.items():
-        group["name"] = f"{letter}*{multiplier:g}" if letter in several else letter
-        group["lr"] = group["initial_lr"] = optimizer.lr * multiplier
+    _name_groups(groups)
+    for group in groups.values():
+        group["lr"] = group["initial_lr"] = optimizer.lr * group["multiplier"]
     return list(groups.values())
+
+
+def _weight_decay(letter: str, name: str, optimizer: OptimizerSection) -> float:
+    if letter != HEAD:
+        return optimizer.weight_decay
+    return 0.0 if name.endswith(".bias") else optimizer.head_weight_decay
+
+
+def _group_in_paper(letter: str, name: str) -> str:
+    """The authors sort by names: what is neither of V nor one-dimensional trains with W_q and W_k."""
+    if letter == HEAD:
+        return "v" if name.endswith(".bias") else "qk"
+    return "qk" if letter in ("q", "k") else letter
+
+
+def _name_groups(groups: dict[tuple[str, float, float], dict[str, Any]]) -> None:
+    """``v``; where it has several multipliers ``v*4``; where a multiplier has several decays ``head*1 decay 0.1``."""
+    for (letter, multiplier, decay), group in groups.items():
+        others = [key for key in groups if key[0] == letter and key != (letter, multiplier, decay)]
+        group["name"] = letter
+        if any(other[1] != multiplier for other in others):
+            group["name"] += f"*{multiplier:g}"
+        if any(other[1] == multiplier for other in others):
+            group["name"] += f" decay {decay:g}"
+
+
+def groups_table(groups: Sequence[dict[str, Any]]) -> Table:
+    """Name, number of parameters, rate and decay of each group, for the console."""
+    right = [Column(heading, justify="right") for heading in ("parameters", "lr", "multiplier", "weight decay")]
+    table = Table("group", *right, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for group in groups:
+        count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in group["params"])
+        rates = (f"{group[key]:g}" for key in ("initial_lr", "multiplier", "weight_decay"))
+        table.add_row(group["name"], f"{count:,}", *rates)
+    return table
 
 
 def _compile(multipliers: dict[str, float]) -> list[tuple[str, re.Pattern[str]]]:
     compiled, problems = [], []
     for key in multipliers:
-        expression = projection_pattern(key) if key in PROJECTIONS else key
+        expression = group_pattern(key) if key in GROUPS else key
         try:
             compiled.append((key, re.compile(expression)))
         except re.error as error:
             problems.append(
-                f"optimizer.lr_multipliers: {key!r} is neither one of {', '.join(PROJECTIONS)} "
+                f"optimizer.lr_multipliers: {key!r} is neither one of {', '.join(GROUPS)} "
                 f"nor a regular expression ({error})"
             )
     if problems:
@@ -61,10 +105,10 @@ def _compile(multipliers: dict[str, float]) -> list[tuple[str, re.Pattern[str]]]
 
 
 def _no_match(key: str, names: Sequence[str]) -> str:
-    letters = sorted({projection_and_factor(name)[0] for name in names})
+    letters = sorted({group_and_factor(name)[0] for name in names})
     return (
         f"optimizer.lr_multipliers: {key!r} decides for no trained parameter, or an earlier pattern takes all of them; "
-        f"trained projections (adapter.projections): {', '.join(letters)}; a parameter's name looks like {names[0]!r}"
+        f"trained groups (adapter.projections): {', '.join(letters)}; a parameter's name looks like {names[0]!r}"
     )
 
 

@@ -24,6 +24,7 @@ ALL_DTYPES = _DTYPES | {
     "I8": torch.int8,
     "BOOL": torch.bool,
 }
+COMPUTED = "position_ids"  # the end of names of int64 buffers in old checkpoints, which transformers computes now
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What reading and taking apart somebody else's JSON can raise.
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -200,6 +201,8 @@ def _read_header(file: Path, dtypes: Mapping[str, torch.dtype]) -> list[StoredTe
     tensors = []
     for name, entry in header.items():
         start, end = entry["data_offsets"]
+        if entry["dtype"] not in dtypes and name.endswith(COMPUTED):
+            continue
         if entry["dtype"] not in dtypes:
             raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}; allowed: {', '.join(dtypes)}")
         tensor = StoredTensor(name, file, 8 + size + start, end - start, tuple(entry["shape"]), dtypes[entry["dtype"]])

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from qvtune.config.data import LossOn
+from qvtune.config.schema import ClassificationSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
+from qvtune.data.dataset import TokenRows
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document, tokenize_rows
@@ -26,12 +28,20 @@ _CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
 class CausalLM(Task):
     """Cross entropy of the label tokens; the best checkpoint is the one with the lowest evaluation loss."""
 
-    name = "causal_lm"
+    name = cache_key = "causal_lm"
+    needs_labels = False
     peft_task_type = "CAUSAL_LM"
     metric = "loss"
     higher_is_better = False
 
-    def model_problems(self, config: Any) -> list[str]:
+    def labels_of(self, rows: Iterable[Row]) -> tuple[str, ...]:
+        """None: the labels are tokens."""
+        return ()
+
+    def head(self, seed: int, rows: TokenRows | None = None) -> None:
+        """None: a language model has its head."""
+
+    def model_problems(self, config: Any, max_length: int) -> list[str]:
         """An encoder's tokens attend to those after them, so there is nothing to predict."""
         if not FAMILIES[config.model_type].is_encoder:
             return []
@@ -41,7 +51,9 @@ class CausalLM(Task):
             f"tokens attend to those after them; give a decoder ({', '.join(decoders)}) in model.name_or_path"
         ]
 
-    def tokenize(self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn) -> list[list[Document] | BadRowError]:
+    def tokenize(
+        self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn, max_length: int
+    ) -> list[list[Document] | BadRowError]:
         """Labels on the assistant's turns, on the completion, or on every token."""
         return tokenize_rows(rows, tokenizer, loss_on)
 
@@ -64,6 +76,11 @@ class CausalLM(Task):
 
 
 TASK = CausalLM()
+
+
+def make_task(settings: ClassificationSection) -> Task:
+    """The task, which has no settings."""
+    return TASK
 
 
 class CausalLMObjective(nn.Module):

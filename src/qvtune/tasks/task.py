@@ -8,9 +8,11 @@ from torch import nn
 
 from qvtune.config.data import LossOn
 from qvtune.data.batch import Batch
+from qvtune.data.dataset import TokenRows
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document
+from qvtune.model.head import HeadSettings
 
 
 @runtime_checkable
@@ -19,24 +21,40 @@ class Task(Protocol):
 
     Attributes:
         name: as in ``task: NAME`` of a recipe, and of the module that defines the task.
+        cache_key: everything of the task that decides tokens and labels of a row.
+        needs_labels: whether ``classification.labels`` must be completed by ``labels_of`` before rows are tokenized.
         peft_task_type: PEFT's TaskType, which is saved in adapter_config.json.
         metric: the key of ``evaluate`` that decides which checkpoint is the best.
         higher_is_better: whether a larger value of ``metric`` is better.
     """
 
     name: str
+    cache_key: str
+    needs_labels: bool
     peft_task_type: str
     metric: str
     higher_is_better: bool
 
     @abstractmethod
-    def model_problems(self, config: Any) -> list[str]:
-        """Why a model of this transformers configuration cannot be trained for the task; empty when it can."""
+    def labels_of(self, rows: Iterable[Row]) -> tuple[str, ...]:
+        """The labels of training rows; the same on all ranks. Raises UserError where they cannot be those of a task."""
 
     @abstractmethod
-    def tokenize(self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn) -> list[list[Document] | BadRowError]:
-        """Tokens and labels of the documents of each row, of any length; BadRowError for a row that cannot be used.
+    def head(self, seed: int, rows: TokenRows | None = None) -> HeadSettings | None:
+        """The head that the model gets, new values from ``seed`` and training ``rows``; None where it has its own."""
 
+    @abstractmethod
+    def model_problems(self, config: Any, max_length: int) -> list[str]:
+        """Why a model of this transformers configuration cannot be trained for the task on rows of ``max_length``
+        tokens; empty when it can."""
+
+    @abstractmethod
+    def tokenize(
+        self, rows: Sequence[Row], tokenizer: Any, loss_on: LossOn, max_length: int
+    ) -> list[list[Document] | BadRowError]:
+        """Tokens and labels of the documents of each row; BadRowError for a row that cannot be used.
+
+        What is longer than ``max_length`` tokens is cut there afterwards, unless the task does it in a better place.
         Raises UserError where tokenizer, ``data.loss_on`` and rows do not go together.
         """
 
@@ -48,7 +66,7 @@ class Task(Protocol):
     def objective(self, model: nn.Module) -> nn.Module:
         """The module that DeepSpeed runs, around the model with its adapters: Batch -> loss.
 
-        The loss is an fp32 scalar, summed over the positions with a label; the loop divides it by their number over all
+        The loss is an fp32 scalar, summed over all labels; the loop divides it by their number over all
         micro-batches and ranks.
         """
 

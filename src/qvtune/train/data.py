@@ -1,6 +1,6 @@
 """The data sets of a run: read, tokenized and described, in the same way for training and for a look at them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any
 from qvtune.config.data import DataSection, SourceSection
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
-from qvtune.data.rows import BadRows
+from qvtune.data.rows import BadRows, Row
 from qvtune.data.sources.source import open_source, read_rows
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
 from qvtune.tasks import get_task
+from qvtune.tasks.task import Task
 from qvtune.train.checks import Checks
 
 Poll = Callable[[], None]
@@ -38,6 +39,7 @@ def load_data(config: RunConfig) -> RunData:
     Raises UserError with every problem of tokenizer and data together.
     """
     checks = Checks()
+    config = with_labels(config, checks)
     folder = find_base(config, checks)
     tokenizer = None if folder is None else checks.run(partial(load_tokenizer, folder, config.model))
     rows = token_rows(config, tokenizer, checks)
@@ -62,10 +64,37 @@ def load_tokenizer(folder: Path, model: ModelSection) -> Any:
         raise UserError(f"{folder}: no tokenizer that can be loaded ({error})", setting=BASE) from error
 
 
+def with_labels(config: RunConfig, checks: Checks) -> RunConfig:
+    """The configuration with the labels of the training rows, where the task needs labels and none are named.
+
+    Rank 0 reads the rows. Where they cannot be used, which is a problem found, it is the configuration as it is.
+    """
+    task = get_task(config.task, config.classification)
+    labels = checks.run_on_main(partial(_labels, task, config)) if task.needs_labels else None
+    if labels is None:
+        return config
+    return config.model_copy(update={"classification": config.classification.model_copy(update={"labels": labels})})
+
+
+def _labels(task: Task, config: RunConfig) -> tuple[str, ...]:
+    with naming_setting(TRAIN):
+        return task.labels_of(_training_rows(config))
+
+
+def _training_rows(config: RunConfig) -> Iterator[Row]:
+    for source in config.data.train_sources:
+        bad = BadRows(source.path, config.data.on_bad_row)
+        rows = list(read_rows(open_source(source), bad))
+        bad.check(len(rows))
+        yield from rows
+
+
 def token_rows(
     config: RunConfig, tokenizer: Any, checks: Checks, poll: Poll = lambda: None, poll_alone: Poll = lambda: None
 ) -> dict[str, TokenRows]:
-    """Setting -> its rows, without those that are a problem. Without a tokenizer rows are only read: they can be bad.
+    """Setting -> its rows, without those that are a problem.
+
+    Without a tokenizer, or the labels that a task needs, rows are only read: they can be bad.
 
     ``poll``, ``poll_alone``: as those of ``preflight``.
     """
@@ -73,7 +102,7 @@ def token_rows(
     checks.run(partial(_refuse_what_has_no_effect, config.data))
     for setting, source in sources(config):
         poll()
-        if tokenizer is None:
+        if tokenizer is None or get_task(config.task, config.classification).needs_labels:
             checks.run(partial(check_rows, setting, source, config))
             continue
         rows = checks.run_once_per_host(partial(_token_rows, setting, source, config, tokenizer, poll_alone))
@@ -133,5 +162,6 @@ def describe(statistics: Mapping[str, Any]) -> str:
 
 
 def _token_rows(setting: str, source: SourceSection, config: RunConfig, tokenizer: Any, poll: Poll) -> TokenRows:
+    task = get_task(config.task, config.classification)
     with naming_setting(setting):
-        return build_token_rows(source, config.data, tokenizer, get_task(config.task), cache_dir() / "tokens", poll)
+        return build_token_rows(source, config.data, tokenizer, task, cache_dir() / "tokens", poll)

@@ -40,6 +40,7 @@ from qvtune.train.data import (
     load_tokenizer,
     sources,
     token_rows,
+    with_labels,
 )
 from qvtune.train.run_folder import find_resume, require_same_rows
 
@@ -50,10 +51,12 @@ _FIRST_ROWS = 1000  # read of each data set where rows are not tokenized
 class Plan:
     """A run that has been checked and has not started.
 
-    ``deepspeed_config`` is complete; ``resume`` is the checkpoint as found now (who takes the run folder looks again);
-    ``data_statistics`` is the content of ``run_dir/data.json``.
+    ``config`` is the run's, with the labels of the training rows where the task needs them. ``deepspeed_config`` is
+    complete; ``resume`` is the checkpoint as found now (who takes the run folder looks again); ``data_statistics`` is
+    the content of ``run_dir/data.json``.
     """
 
+    config: RunConfig
     task: Task
     folder: Path
     attention: str
@@ -87,6 +90,7 @@ def preflight(
         UserError: on all ranks, with every problem of settings, model and data together.
     """
     checks = Checks()
+    config = with_labels(config, checks)
     found = _inspect(config, world_size, on_gpus, checks)
     rows = token_rows(config, found.tokenizer, checks, poll, poll_alone)
     statistics = checks.run_on_main(partial(_statistics, config, rows, found.resume)) if TRAIN in rows else None
@@ -95,7 +99,8 @@ def preflight(
     assert statistics is not None
     _log(found, rows)
     return Plan(
-        task=get_task(config.task),
+        config=config,
+        task=get_task(config.task, config.classification),
         folder=found.folder,
         attention=found.attention,
         dtype=found.dtype,
@@ -188,21 +193,23 @@ def _check_nan_check(config: RunConfig, deepspeed_config: dict[str, Any] | None)
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Checks) -> int | None:
     """Weights against architecture, model against task, groups against projections, on a skeleton without memory."""
     named = naming_setting(BASE)
-    base = checks.run(lambda: named(open_base)(folder, config.model, dtype, "sdpa", config.adapter))
+    task, seed = get_task(config.task, config.classification), config.train.seed
+    base = checks.run(lambda: named(open_base)(folder, config.model, dtype, "sdpa", config.adapter, task.head(seed)))
     if base is None:
         return None
-    checks.run(lambda: named(require_forward)(base.skeleton.config, config.model))
-    task = get_task(config.task)
-    checks.run(partial(_check_task, task, base.skeleton.config))
+    checks.run(lambda: named(require_forward)(base.model.config, config.model, task.head(seed)))
+    checks.run(partial(_check_task, task, base.model.config, config.data.max_length))
     layer_numel = largest_layer_numel(base.skeleton)  # before adapters are in the layers
-    adapted = checks.run(lambda: add_adapters(base.skeleton, config.adapter, str(folder), config.train.seed))
+    adapted = checks.run(
+        lambda: add_adapters(base.model, config.adapter, str(folder), seed, new_modules=base.new_modules)
+    )
     if adapted is not None:
         checks.run(lambda: parameter_groups(trainable(adapted), config.optimizer))
     return layer_numel
 
 
-def _check_task(task: Task, model_config: Any) -> None:
-    if problems := task.model_problems(model_config):
+def _check_task(task: Task, model_config: Any, max_length: int) -> None:
+    if problems := task.model_problems(model_config, max_length):
         raise UserError(problems)
 
 

@@ -20,7 +20,7 @@ from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.fingerprint import Fingerprint, require_unchanged
 from qvtune.model.loader import LoadReport, fill, open_base
 from qvtune.model.shard import Whole, ZeroPartition
-from qvtune.optim.groups import assert_multipliers, parameter_groups
+from qvtune.optim.groups import assert_multipliers, groups_table, parameter_groups
 from qvtune.storage.paths import cache_dir
 from qvtune.train.preflight import Plan, preflight
 from qvtune.train.run_folder import open_run_folder, trajectory_settings
@@ -48,6 +48,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     planned = preflight(config, process_group.world_size(), poll=stop.poll, poll_alone=stop.poll_alone)
     model, load, content = _load_model(config, planned, stop)
     stop.poll()
+    config = planned.config
     resume, owner = open_run_folder(config, planned.deepspeed_config, planned.data_statistics, planned.resume)
     if resume is not None:
         checkpoint_engine.load_trained(resume, model)
@@ -69,8 +70,11 @@ def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:
 
 
 def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn.Module, LoadReport, Fingerprint]:
+    head = planned.task.head(config.train.seed, planned.rows)
     with naming_setting("model.name_or_path"):
-        base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
+        base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter, head)
+    if process_group.is_main() and base.head_note and planned.resume is None:
+        console().print(base.head_note, markup=False)
     if planned.deepspeed_config["zero_optimization"]["stage"] == 3:
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
     else:
@@ -82,10 +86,15 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
                 checkpoint_state.require_base(planned.resume, content)
             require_unchanged(base.weights, content, cache_dir() / "bases")
     model = add_adapters(
-        base.skeleton, config.adapter, str(planned.folder), config.train.seed, planned.task.peft_task_type
+        base.model,
+        config.adapter,
+        str(planned.folder),
+        config.train.seed,
+        planned.task.peft_task_type,
+        base.new_modules,
     )
     if config.train.activation_checkpointing:
-        base.skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return model, load, content
 
 
@@ -101,7 +110,6 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Pa
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,
-        weight_decay=section.weight_decay,
     )
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
@@ -118,12 +126,5 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Pa
         checkpoint_engine.load_optimizer(resume, engine, state.step)
     assert_multipliers(engine.optimizer.param_groups, groups, section.lr)
     if process_group.is_main():
-        for group in groups:
-            count = sum(
-                parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
-                for parameter in group["params"]
-            )
-            console().print(
-                f"group {group['name']}: {count:,} parameters, lr {group['initial_lr']:g} (x{group['multiplier']:g})"
-            )
+        console().print(groups_table(groups))
     return engine

@@ -15,7 +15,7 @@ from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint.owner import Owner, take
 from qvtune.checkpoint.state import load_trainer_state
 from qvtune.config.load import dump_config
-from qvtune.config.schema import RunConfig
+from qvtune.config.schema import RunConfig, TrainSection
 from qvtune.console import console
 from qvtune.distributed import process_group
 from qvtune.errors import UserError
@@ -38,6 +38,7 @@ _FREE_SETTINGS = {
     },
     "model": {"attention"},
     "data": {"eval"},
+    "classification": {"metric"},
 }
 _DATA = "data.json"
 _OF_THE_JOB = ("logs", "submitted")  # made before the run starts; they may hold the code that is running
@@ -75,7 +76,8 @@ def find_resume(config: RunConfig, verified: Path | None = None) -> Path | None:
         return None
     if found != verified:
         checkpoint_folder.verify(found)
-    differences = _differences(load_trainer_state(found).trajectory, trajectory_settings(config))
+    now = trajectory_settings(config)
+    differences = _differences(_completed(load_trainer_state(found).trajectory, now, config), now)
     if differences:
         raise UserError(
             [
@@ -85,6 +87,18 @@ def find_resume(config: RunConfig, verified: Path | None = None) -> Path | None:
             ]
         )
     return found
+
+
+def _completed(stored: dict[str, Any], now: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """``stored`` with the defaults of settings that the version that wrote it did not have yet."""
+    defaults = trajectory_settings(RunConfig(run_dir="", task=config.task, train=TrainSection(max_steps=1)))
+    completed = dict(stored)
+    for section, values in now.items():
+        if isinstance(values, dict):
+            known = stored.get(section, {})
+            new = {key: defaults[section][key] for key in values if key not in known and key in defaults[section]}
+            completed[section] = known | new
+    return completed
 
 
 def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

@@ -99,7 +99,7 @@ def _documents(tokenizer: Any, source: "SourceSection", run: "RunConfig") -> Ite
     from qvtune.data.dataset import build_token_rows
     from qvtune.tasks import get_task
 
-    rows = build_token_rows(source, run.data, tokenizer, get_task(run.task), cache_dir() / "tokens")
+    rows = build_token_rows(source, run.data, tokenizer, get_task(run.task, run.classification), cache_dir() / "tokens")
     for row in map(rows.__getitem__, range(len(rows))):
         ends = np.cumsum(row.document_lengths)[:-1]
         for ids, labels in zip(np.split(row.input_ids, ends), np.split(row.labels, ends), strict=True):
