@@ -30,12 +30,19 @@ RANK, NUM_RANKS = 17, 1024
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("config", "hub_weights"),
-    # The sizes that the hub gives: model.safetensors.index.json's total_size / 2.
-    [pytest.param(LLAMA_3_1_70B, 70_553_706_496, id="70B"), pytest.param(LLAMA_3_1_405B, 405_853_388_800, id="405B")],
+    ("config", "hub_weights", "num_layers"),
+    # The sizes that the hub gives: model.safetensors.index.json's total_size / 2. Of the largest every second layer.
+    [
+        pytest.param(LLAMA_3_1_70B, 70_553_706_496, 80, id="70B"),
+        pytest.param(LLAMA_3_1_405B, 405_853_388_800, 63, id="405B"),
+    ],
 )
-def test_one_rank_of_1024_pays_for_its_share(tmp_path: Path, config: dict[str, Any], hub_weights: int) -> None:
+def test_one_rank_of_1024_pays_for_its_share(
+    tmp_path: Path, config: dict[str, Any], hub_weights: int, num_layers: int
+) -> None:
+    """Where freed memory is not returned, 240 to 830 MiB stay beside the shard, instead of 120 (405B) and 45 (70B)."""
     assert num_weights(config) == hub_weights
+    config = config | {"num_hidden_layers": num_layers}
     folder = make_sparse_folder(tmp_path / "model", config)
     result = tmp_path / "result.json"
 
@@ -47,16 +54,16 @@ def test_one_rank_of_1024_pays_for_its_share(tmp_path: Path, config: dict[str, A
 
     assert ended.code == 0, ended.output
     found = json.loads(result.read_text())
-    share = hub_weights * BYTES_PER_WEIGHT / NUM_RANKS
+    share = num_weights(config) * BYTES_PER_WEIGHT / NUM_RANKS
     added = found["peak_rss_bytes"] - found["idle_bytes"]
     print(  # noqa: T201 - the figures are what one runs this for (pytest -s)
-        f"\n{hub_weights:,} weights, rank {RANK} of {NUM_RANKS}: read {found['bytes_read'] / MIB:.1f} MiB, share "
-        f"{share / MIB:.1f}; peak above idle {added / MIB:.1f} MiB, of them {found['base_bytes'] / MIB:.1f} its shard; "
+        f"\n{num_weights(config):,} weights, rank {RANK} of {NUM_RANKS}: read {found['bytes_read'] / MIB:.1f} MiB, "
+        f"share {share / MIB:.1f}; peak above idle {added / MIB:.1f} MiB, of them {found['base_bytes'] / MIB:.1f} its shard; "
         f"{found['seconds']:.1f} s"
     )
-    assert found["offsets"] == [0.0] * (7 * config["num_hidden_layers"])
+    assert found["offsets"] == [0.0] * (7 * num_layers)
     assert found["bytes_read"] <= 1.1 * share
-    assert added <= found["base_bytes"] + 256 * MIB
+    assert added <= found["base_bytes"] + 180 * MIB
 
 
 @pytest.fixture(scope="module")
