@@ -3,21 +3,22 @@
 # sets the QVTUNE_* variables.
 set -u
 
-# Prints n1:0,1@n2:0,1, from which the launcher sets CUDA_VISIBLE_DEVICES: on this node the devices that Slurm has granted,
-# by default 0, 1, ... For other nodes only the number of devices matters.
-devices() {
+# Prints the launcher's list of nodes and devices, {"n1": [0, 1], "n2": [0, 1]} in base64. The launcher sets
+# CUDA_VISIBLE_DEVICES from it: on this node the devices that Slurm has granted, by default 0, 1, ... For other nodes only
+# the number of devices matters.
+world_info() {
     local default given host
     default=$(seq -s , 0 $((QVTUNE_PROCS_PER_NODE - 1)))
     given=$(cut -d , -f "1-$QVTUNE_PROCS_PER_NODE" <<<"${CUDA_VISIBLE_DEVICES:-}")
     [[ $given =~ ^[0-9]+(,[0-9]+)*$ && $(tr , '\n' <<<"$given" | wc -l) == "$QVTUNE_PROCS_PER_NODE" ]] || given=$default
     for host in $QVTUNE_HOSTS; do
-        if [[ $host == "$SLURMD_NODENAME" ]]; then echo "$host:$given"; else echo "$host:$default"; fi
-    done | paste -s -d @
+        if [[ $host == "$SLURMD_NODENAME" ]]; then echo "\"$host\": [$given]"; else echo "\"$host\": [$default]"; fi
+    done | paste -s -d , | sed 's/.*/{&}/' | base64 --wrap 0 | tr '+/' '-_'
 }
 
-# Slurm signals every process of the step, and the ranks stop on request. SIGTERM would kill the outer process of the
-# launcher, SIGUSR1 both; the inner one handles SIGTERM: it forwards it, waits, and returns 1 whatever the ranks return.
-# Ranks that do not exist yet, or have no signal handler yet, read the request from the file when they start.
+# Slurm signals every process of the step, and the ranks stop on request. SIGUSR1 would kill the launcher, and so would
+# SIGTERM until the launcher handles it: it then forwards it, waits, and returns 1 whatever the ranks return. Ranks that do
+# not exist yet, or have no signal handler yet, read the request from the file when they start.
 stop_folder=$(mktemp -d) || exit
 trap 'rm -r "$stop_folder"' EXIT
 export QVTUNE_STOP_FILE=$stop_folder/signal
@@ -26,7 +27,9 @@ trap 'asked=yes; echo SIGTERM >"$QVTUNE_STOP_FILE"' TERM
 trap 'asked=yes; echo SIGUSR1 >"$QVTUNE_STOP_FILE"' USR1
 (
     trap '' TERM USR1
-    exec deepspeed --hostfile "$QVTUNE_LOGS/hosts" --include "$(devices)" --no_ssh --node_rank "$SLURM_NODEID" \
+    # What `deepspeed --no_ssh` starts on each node: one interpreter less, and the launcher's own exit code, which
+    # `deepspeed` turns into 0 if a signal has killed the launcher.
+    exec python -u -m deepspeed.launcher.launch --world_info "$(world_info)" --node_rank "$SLURM_NODEID" \
         --master_addr "${QVTUNE_HOSTS%% *}" --master_port "$QVTUNE_MASTER_PORT" --log_level warning \
         --no_python --no_local_rank bash "${BASH_SOURCE%/*}/rank.sh" "$@"
 ) &

@@ -25,11 +25,14 @@ LOGIN = "ctl"  # slurmctld runs here; jobs are submitted here
 HOSTS = tuple(f"n{number}" for number in range(1, 7))
 GPUS_PER_HOST = 8
 SLURMD_TIMEOUT_SECONDS = 10
+POLL_SECONDS = 0.5  # each look at a job starts two processes
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare", "setpriv", "pgrep")
 
 _CONFIG = Path(__file__).parent / "slurm.conf.in"
 _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_UNFINISHED = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"}
+_UNFINISHED = {
+    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "SIGNALING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"),
+}
 # Process 1 of a host: it only waits and reaps. Whoever kills it kills every process of the host.
 _INIT = """
 hostname "$1" && mount -t proc proc /proc && mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /dev/shm &&
@@ -81,12 +84,12 @@ def missing() -> str | None:
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float) -> None:
-    """Look five times a second; TimeoutError that says ``what`` did not come about in ``timeout`` seconds."""
+    """Look every POLL_SECONDS; TimeoutError that says ``what`` did not come about in ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout} s: {what}")
-        time.sleep(0.2)
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
@@ -188,7 +191,7 @@ class Cluster:
         while not condition(now := self.job(job)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} not {what} within {timeout} s\n{now.story}")
-            time.sleep(0.2)
+            time.sleep(POLL_SECONDS)
         return now
 
     # ---- processes of a host

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,14 @@ class Site:
         """Until the run has done this step."""
 
         def reached(now: Job) -> bool:
-            if now.finished:
-                raise AssertionError(f"ended before step {step}\n{now.story}")
-            return max(self.steps(name), default=0) >= step
+            deadline = time.monotonic() + 2  # the file is read more often than Slurm is asked
+            while max(self.steps(name), default=0) < step:
+                if now.finished:
+                    raise AssertionError(f"ended before step {step}\n{now.story}")
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.1)
+            return True
 
         return self.cluster.wait_for_job(job, reached, f"at step {step}", timeout)
 
@@ -83,10 +89,10 @@ class Site:
 
 def make_site(cluster: Cluster, folder: Path) -> Site:
     """The checkout is a copy of this repository's folders; only cluster.env is the site's."""
-    lab = make_lab(folder)
+    lab = make_lab(folder, num_layers=1)
     site = Site(cluster, lab)
     changes: dict[str, Any] = {"train__max_steps": MAX_STEPS, "train__save_every": SAVE_EVERY}
-    changes |= {"train__global_batch_size": 4, "data__eval": str(folder / "eval.jsonl")}  # 4: for 1, 2 and 4 ranks
+    changes |= {"data__eval": str(folder / "eval.jsonl")}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(lab.config("recipe", **changes)))
     for name in ("launch", "src", "ds_configs", "slurm"):
         shutil.copytree(REPOSITORY / name, site.home / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))

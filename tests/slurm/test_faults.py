@@ -6,11 +6,9 @@ import pytest
 
 from tests.slurm.cluster import HOSTS, LOGIN, Job, wait_until
 from tests.slurm.site import MAX_STEPS, SAVE_EVERY, Site
-from tests.slurm.test_train import restarted
+from tests.slurm.test_train import RANK, restarted
 
 pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
-
-RANK = r"[p]ython -u \S*launch/train\.py --config"  # in brackets: not the command line that holds this pattern
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
 """slurm/train.sbatch: trained is what a local run trains, however often the job is stopped."""
 
 import re
-import time
 
 import pytest
 
-from tests.slurm.cluster import LOGIN, Job
+from tests.slurm.cluster import LOGIN, Job, wait_until
 from tests.slurm.site import MAX_STEPS, Site
 
 pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
+
+# Command lines; in brackets: not the one that holds this pattern.
+LAUNCHER = r"[p]ython -u -m deepspeed\.launcher\.launch"
+RANK = r"[p]ython -u \S*launch/train\.py --config"
 
 
 def restarted(job: Job, times: int) -> None:
@@ -18,73 +21,74 @@ def restarted(job: Job, times: int) -> None:
     assert starts == [str(number) for number in range(times + 1)], job.story
 
 
-def test_two_hosts_train_what_local_processes_train(site: Site) -> None:
-    name = "two hosts $(touch x) 'quoted'"
-    done = site.cluster.wait(site.train(name), timeout=400)
+def preempt(site: Site) -> None:
+    """A job on both hosts of the partition ``low``, from which a job there has to go."""
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    site.cluster.sbatch(*options, "--wrap=true", cwd=site.home)
+
+
+def test_three_hosts_train_what_local_processes_train(site: Site) -> None:
+    name = "three hosts $(touch x) 'quoted'"
+    done = site.cluster.wait(site.train(name, nodes=3), timeout=400)
     restarted(done, times=0)
-    assert done.hosts == ("n1", "n2")
-    assert site.losses(name) == site.reference(2)
+    assert done.hosts == ("n1", "n2", "n3")
+    # on one host the ranks' sums go through shared memory, in another order
+    assert site.losses(name) == pytest.approx(site.reference(3), rel=1e-5)
     logs = site.lab.run_dir(name) / "logs"
-    assert {path.name for path in logs.iterdir()} == {"hosts", "rank-0.log", "rank-1.log"}
+    assert {path.name for path in logs.iterdir()} == {"rank-0.log", "rank-1.log", "rank-2.log"}
     assert f"step {MAX_STEPS}/{MAX_STEPS}" in (logs / "rank-0.log").read_text()
     assert " on n2" in (logs / "rank-1.log").read_text()
     assert not (site.home / "x").exists()
 
 
-def test_four_hosts_train_what_local_processes_train(site: Site) -> None:
-    done = site.cluster.wait(site.train("four", nodes=4), timeout=400)
-    restarted(done, times=0)
-    # on one host the ranks' sums go through shared memory, in another order
-    assert site.losses("four") == pytest.approx(site.reference(4), rel=1e-5)
-
-
 def test_a_job_that_is_asked_to_stop_goes_on_exactly(site: Site) -> None:
-    """What Slurm does before the time limit."""
-    job = site.train("usr1", "train.save_every=0")
-    site.wait_for_step(job, "usr1", 3)
+    """What Slurm does before the time limit: first while the ranks start, then while they train.
+
+    They are started by programs that ignore the signal, and have no handler yet at first.
+    """
+    name = "usr1"
+    job = site.train(name, "train.save_every=0")
+    for host in ("n1", "n2"):
+        wait_until(lambda host=host: site.cluster.pids(host, LAUNCHER), f"a launcher on {host}", timeout=120)
     site.cluster.scancel("--batch", "--signal=USR1", job)
     site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
-    saved = [entry["step"] for entry in site.lab.events("usr1", "checkpoint")]
+    assert not (site.lab.run_dir(name) / "metrics.jsonl").exists(), "not a single step"
+
+    site.wait_for_step(job, name, 3)
+    site.cluster.scancel("--batch", "--signal=USR1", job)
+    site.cluster.wait_for_job(job, lambda now: now.restarts == 2, "requeued again", timeout=120)
+    saved = [entry["step"] for entry in site.lab.events(name, "checkpoint")]
     assert len(saved) == 1 and 3 <= saved[0] < MAX_STEPS
-    done = site.cluster.wait(job, timeout=400)
-    restarted(done, times=1)
-    assert "restart 0] exit code 75" in done.log(), done.story
-    assert site.losses("usr1") == site.reference(2)
-    assert site.steps("usr1") == list(range(1, MAX_STEPS + 1))  # no step ran twice
 
-
-def test_a_request_while_the_ranks_start_is_not_lost(site: Site) -> None:
-    """They are started by programs that ignore the signal, and have no handler yet."""
-    job = site.train("early")
-    log = site.lab.run_dir("early") / "logs" / "hosts"
-    site.cluster.wait_for_job(job, lambda now: log.exists(), "starting", timeout=120)
-    time.sleep(3)  # srun has started the launchers, which import DeepSpeed
-    site.cluster.scancel("--batch", "--signal=USR1", job)
-    site.cluster.wait_for_job(job, lambda now: now.restarts == 1, "requeued", timeout=120)
-    assert not (site.lab.run_dir("early") / "metrics.jsonl").exists(), "not a single step"
     done = site.cluster.wait(job, timeout=400)
-    restarted(done, times=1)
+    restarted(done, times=2)
+    assert done.hosts == ("n1", "n2")
     assert "before the first step; there was nothing to save" in done.log(), done.story
-    assert site.losses("early") == site.reference(2)
+    assert "restart 0] exit code 75" in done.log() and "restart 1] exit code 75" in done.log(), done.story
+    assert site.losses(name) == site.reference(2)
+    assert site.steps(name) == list(range(1, MAX_STEPS + 1))  # no step ran twice
 
 
-def test_a_preempted_job_goes_on_exactly(site: Site) -> None:
-    job = site.train("preempted", nodes=1, options=("--partition=low",))
-    site.wait_for_step(job, "preempted", 3)
-    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
-    site.cluster.sbatch(*options, "--wrap=sleep 2", cwd=site.home)
-    done = site.cluster.wait(job, timeout=400)
-    restarted(done, times=1)
-    assert site.losses("preempted") == site.reference(1)
+def test_a_preempted_and_a_requeued_job_go_on_exactly_until_the_cap(site: Site) -> None:
+    """Preempted, requeued and requeued again, which is more than it may; then the same command resumes."""
+    name = "again"
+    job = site.train(name, nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="2")
+    site.wait_for_step(job, name, 1)
+    preempt(site)
+    for restarts in (1, 2):
+        site.cluster.wait_for_job(job, lambda now, count=restarts: now.restarts == count, "requeued", timeout=200)
+        site.wait_for_step(job, name, max(site.steps(name)) + 1)
+        site.cluster.run(LOGIN, "scontrol", "requeue", job)
+    capped = site.cluster.wait(job, timeout=200)
+    assert (capped.state, capped.code, capped.restarts) == ("FAILED", 75, 3), capped.story
+    assert "not restarted: it has been restarted 3 times, QVTUNE_MAX_RESTARTS is 2" in capped.log(), capped.story
+    assert [entry["reason"] for entry in site.lab.events(name, "run_end")] == ["stopped"] * 3
+    assert max(site.steps(name)) < MAX_STEPS
 
-
-def test_a_requeued_job_goes_on_exactly(site: Site) -> None:
-    job = site.train("requeued", nodes=1)
-    site.wait_for_step(job, "requeued", 3)
-    site.cluster.run(LOGIN, "scontrol", "requeue", job)
-    done = site.cluster.wait(job, timeout=400)
-    restarted(done, times=1)
-    assert site.losses("requeued") == site.reference(1)
+    done = site.cluster.wait(site.train(name, nodes=1, options=("--partition=low",)), timeout=400)
+    restarted(done, times=0)
+    assert site.losses(name) == site.reference(1)
+    assert site.steps(name) == list(range(1, MAX_STEPS + 1))
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
@@ -95,25 +99,13 @@ def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
     assert (done.state, done.restarts) == ("CANCELLED", 0), done.story
 
 
-def test_a_job_that_is_preempted_again_and_again_stops_at_the_cap(site: Site) -> None:
+def test_a_job_that_is_preempted_at_the_cap_stops(site: Site) -> None:
     job = site.train("capped", nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="0")
     site.wait_for_step(job, "capped", 1)
-    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
-    site.cluster.sbatch(*options, "--wrap=true", cwd=site.home)
+    preempt(site)
     done = site.cluster.wait(job, timeout=200)
     assert (done.state, done.code, done.restarts) == ("FAILED", 75, 0), done.story
     assert "not restarted: it has been restarted 0 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
-
-
-def test_the_cap_holds_for_restarts_by_slurm_too(site: Site) -> None:
-    job = site.train("capped-by-slurm", QVTUNE_MAX_RESTARTS="0")
-    site.cluster.wait_for_job(job, lambda now: now.state == "RUNNING" and now.log(), "running", timeout=60)
-    site.cluster.run(LOGIN, "scontrol", "requeue", job)
-    done = site.cluster.wait(job, timeout=200)
-    assert (done.state, done.code, done.restarts) == ("FAILED", 75, 1), done.story
-    assert "not restarted: it has been restarted 1 times, QVTUNE_MAX_RESTARTS is 0" in done.log(), done.story
-    record = site.lab.run_dir("capped-by-slurm/metrics.jsonl")
-    assert not record.exists() or record.read_text().count("run_start") == 1  # the first start may have come so far
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def _answers(host: str, port: int, seconds: float) -> bool:
 def has_finished(run_dir: Path) -> bool:
     """Whether the last event in metrics.jsonl is that the run is complete.
 
-    The exit code is not enough: DeepSpeed's runner returns 0 if a signal (out of memory) has killed its launcher.
+    The exit code is not enough: slurm/node.sh returns 0 in a start that Slurm has replaced by another one.
     """
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
