@@ -58,8 +58,8 @@ def test_one_rank_of_1024_pays_for_its_share(
     added = found["peak_rss_bytes"] - found["idle_bytes"]
     print(  # noqa: T201 - the figures are what one runs this for (pytest -s)
         f"\n{num_weights(config):,} weights, rank {RANK} of {NUM_RANKS}: read {found['bytes_read'] / MIB:.1f} MiB, "
-        f"share {share / MIB:.1f}; peak above idle {added / MIB:.1f} MiB, of them {found['base_bytes'] / MIB:.1f} its shard; "
-        f"{found['seconds']:.1f} s"
+        f"share {share / MIB:.1f}; peak above idle {added / MIB:.1f} MiB, of them {found['base_bytes'] / MIB:.1f} "
+        f"its shard; {found['seconds']:.1f} s"
     )
     assert found["offsets"] == [0.0] * (7 * num_layers)
     assert found["bytes_read"] <= 1.1 * share
