@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qvtune.config.data import LossOn
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.rows import BadRowError, ChatRow, Row, TextRow
+from qvtune.data.rows import BadRowError, ChatRow, LabelledRow, PlainTextRow, Row, TextRow
 from qvtune.data.tokenize import Document, tokenize_rows
 from qvtune.errors import UserError
 
@@ -88,13 +88,19 @@ def test_without_an_end_token_the_line_breaks_that_end_the_turn_are_learned(toke
     assert learned_texts(document, tokenizer) == [" world\n\n"]
 
 
-def test_a_token_across_the_boundary_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_token_across_the_border_is_divided_as_at_inference(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'assistantwor' if m['role'] == 'assistant' else '' }}{{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistantwor' }}{% endif %}"
     )
     tokenizer.add_tokens(["world"])
-    assert "joins 'world' into one token" in refusal(chat("hello", "ld"), tokenizer)
+    row = chat("hello", "ld")
+    assert tokenizer.convert_tokens_to_ids("world") in tokenizer("assistantworld")["input_ids"]
+    document = tokenized(row, tokenizer)
+    assert learned_texts(document, tokenizer) == ["ld"]
+    prompt = tokenizer.apply_chat_template(list(row.messages[:1]), add_generation_prompt=True, return_dict=False)
+    assert document.ids[: len(prompt)] == prompt
+    assert set(document.labels[: len(prompt)]) == {IGNORE_INDEX}
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_one_document_per_answer(
@@ -170,3 +176,62 @@ def test_text_rows_need_an_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):
         tokenize_rows([TextRow("rows.jsonl:1", "hello", " world")], tokenizer, "answers")
+
+
+def test_rows_of_text_have_labels_on_every_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = PlainTextRow("rows.jsonl:1", "hello <|im_start|> world")
+    document = tokenized(row, tokenizer)
+    assert tokenizer.decode(document.ids) == "hello <|im_start|> world<|im_end|>"
+    assert document.labels == [IGNORE_INDEX, *document.ids[1:]]
+    assert document.ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 1
+    assert tokenized(row, tokenizer, "all") == document
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learned"),
+    [
+        ("answers", ["b<|im_end|>", "d<|im_end|>"]),
+        ("last_answer", ["d<|im_end|>"]),
+        ("completion", ["b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"]),
+    ],
+)
+def test_loss_on_parts_of_a_conversation(
+    loss_on: LossOn, learned: list[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    document = tokenized(chat("x", "y", "a", "b", "c", "d", first_reply=3), tokenizer, loss_on)
+    assert learned_texts(document, tokenizer) == learned
+
+
+@pytest.mark.parametrize("row", [chat("a", "b", "c"), TextRow("rows.jsonl:1", "hello", " world")])
+def test_loss_on_all_tokens_but_the_first(row: Row, tokenizer: PreTrainedTokenizerFast) -> None:
+    document = tokenized(row, tokenizer, "all")
+    assert document.ids == tokenized(row, tokenizer).ids
+    assert document.labels == [IGNORE_INDEX, *document.ids[1:]]
+
+
+@pytest.mark.parametrize("loss_on", ["last_answer", "completion"])
+def test_a_completion_is_the_answer(loss_on: LossOn, tokenizer: PreTrainedTokenizerFast) -> None:
+    for row in (TextRow("rows.jsonl:1", "hello", " world"), chat("a", "b", first_reply=1)):
+        assert tokenized(row, tokenizer, loss_on) == tokenized(row, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "loss_on", "message"),
+    [
+        (chat("a", "b"), "completion", r"rows\.jsonl:7: loss_on: completion needs rows with prompt and completion"),
+        (PlainTextRow("rows.jsonl:1", "a"), "last_answer", r"rows\.jsonl:1: loss_on: last_answer cannot be"),
+        (PlainTextRow("rows.jsonl:1", "a"), "completion", "every token is trained on; use all"),
+        (LabelledRow("rows.jsonl:1", "a", None, "0"), "answers", "task: sequence_classification"),
+    ],
+)
+def test_loss_on_that_does_not_go_with_the_rows(
+    row: Row, loss_on: LossOn, message: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tokenize_rows([row], tokenizer, loss_on)
+
+
+def test_rows_of_all_kinds_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [TextRow("1", "a", "b"), chat("c", "d"), PlainTextRow("3", "e"), chat("f", "g"), TextRow("5", "h", "i")]
+    together = tokenize_rows(rows, tokenizer, "answers")
+    assert together == [tokenize_rows([row], tokenizer, "answers")[0] for row in rows]

@@ -21,6 +21,8 @@ FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 CUT = "\ufdd0"
 """In a rendered text: what is before it and what is after it are tokenized apart. No character: Unicode says so."""
 
+_NOT_SHOWN = "answer that the chat template does not show"
+
 Span = tuple[int, int]
 
 
@@ -83,12 +85,13 @@ class ChatTemplate:
         chat = _Chat(self._cut(row.messages), self._cut(row.tools))
         whole = self._render(chat)
         if CUT in whole and whole.replace(CUT, "") != self._render(_Chat(row.messages, row.tools)):
-            raise BadRowError("the chat template changes special tokens that are spelled out in a message")
+            reason = "the chat template changes special tokens that are spelled out in a message"
+            raise BadRowError(reason, "special tokens in a message")
         if loss_on == "all":
             return [LabelledText(whole, [(0, len(whole))])]
         replies = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
         replies = [index for index in replies if index >= row.first_reply]
-        if loss_on == "completion" and replies != [len(row.messages) - 1]:
+        if loss_on == "completion" and row.first_reply < len(row.messages) - 1:
             return [self._completion(chat, row.first_reply, whole)]
         texts: dict[str, list[Span]] = {whole: []}
         for index in reversed(replies if loss_on != "last_answer" else replies[-1:]):
@@ -106,8 +109,13 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except (TemplateError, TypeError) as error:  # TypeError: the template adds None to a text, and the like
-            raise BadRowError(f"the tokenizer's chat template refuses it: {error}") from error
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+        ) as error:  # TypeError: the template adds None to a text, and so on
+            reason = f"the tokenizer's chat template refuses it: {error}"
+            raise BadRowError(reason, "refused by the chat template") from error
         assert isinstance(text, str)
         return text
 
@@ -124,20 +132,20 @@ class ChatTemplate:
         """The same value, with special tokens cut after their first character in every text."""
         if isinstance(value, str):
             if CUT in value:
-                raise BadRowError("it holds U+FDD0, which is no character")
+                raise BadRowError("it holds U+FDD0, which is no character", "not a character")
             return self._special.sub(lambda found: found[0][0] + CUT + found[0][1:], value)
         if isinstance(value, dict):
-            return {key: self._cut(item) for key, item in value.items()}
+            return {self._cut(key): self._cut(item) for key, item in value.items()}
         return [self._cut(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _completion(self, chat: _Chat, first_reply: int, whole: str) -> LabelledText:
         """A completion of several messages; all of them have labels."""
-        before = self._render(chat.first(first_reply), generation_prompt=True)
+        begins_with_answer = chat.messages[first_reply]["role"] == "assistant"
+        before = self._render(chat.first(first_reply), generation_prompt=begins_with_answer)
         shown = whole[len(before) :]
         if not whole.startswith(before) or not all(_shows(shown, one) for one in chat.messages[first_reply:]):
-            raise BadRowError(
-                "the chat template does not show a completion of several messages after its prompt, as it is"
-            )
+            reason = "the chat template does not show a completion of several messages after its prompt, as it is"
+            raise BadRowError(reason, _NOT_SHOWN)
         return LabelledText(whole, [(len(before), self._end_of_turn(whole, len(before)))])
 
     def _answer(self, chat: _Chat, index: int, whole: str) -> tuple[str, Span]:
@@ -154,14 +162,15 @@ class ChatTemplate:
 
         At inference the model writes the thinking, and the generation prompt ``before`` may have opened it.
         """
-        content = message["content"].strip() if isinstance(message.get("content"), str) else ""
+        content = message["content"] if isinstance(message.get("content"), str) else ""
         start = _start_of_answer(before, after, content)
-        body = after[start:]
-        shown = body[: self._end_of_turn(body, 0)]
+        shown = after[start : self._end_of_turn(after, start)]
         end = max((token for token in self._added if shown.endswith(token)), key=len, default=None)
-        if start < 0 or end is None or not content.endswith(shown.removesuffix(end).strip()) or _extras(message):
-            raise BadRowError(_reason(before, after))
-        return before + content[len(before) - start :] + body[len(shown) - len(end) :]
+        kept = shown.removesuffix(end or "")
+        if start < 0 or end is None or _extras(message) or not content.strip().endswith(kept.strip()):
+            raise _not_shown(before, after)
+        answer = content[len(before) - start :].rstrip() + kept[len(kept.rstrip()) :]
+        return before + answer + after[start + len(kept) :]
 
     def _end_of_turn(self, text: str, start: int) -> int:
         """Exclude the line break that many templates put after the end-of-turn token: generation stops before it."""
@@ -182,22 +191,22 @@ def _start_of_answer(before: str, after: str, content: str) -> int:
     return next((place for place in places if content.startswith(before[place:])), -1)
 
 
-def _reason(before: str, after: str) -> str:
+def _not_shown(before: str, after: str) -> BadRowError:
     if after.startswith(before):
-        return "the chat template does not show all of an answer, or not as it is"
-    return (
+        return BadRowError("the chat template does not show all of an answer, or not as it is", _NOT_SHOWN)
+    reason = (
         f"the generation prompt of the chat template ends with {before[-30:]!r}, but the answer does not follow it, so "
         "the model would be trained on another context than it has at inference"
     )
+    return BadRowError(reason, "another context than at inference")
 
 
 def _extras(message: Message) -> list[str]:
     """Texts of a message beside its ``content``: thinking, names and arguments of functions that it calls."""
     texts = [message.get("reasoning_content") or ""]
     for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        texts += [function.get("name") or "", *_leaves(_parsed(arguments))]
+        function = call["function"] if isinstance(call.get("function"), dict) else call
+        texts += [*_leaves(function.get("name")), *_leaves(_parsed(function.get("arguments")))]
     return [text for text in texts if text.strip()]
 
 

@@ -26,7 +26,7 @@ from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_folder
 from qvtune.storage.files import write_json
 
-CACHE_VERSION = 4  # increment it when the same rows would give other tokens, labels, columns or statistics
+CACHE_VERSION = 5  # increment it when the same rows would give other tokens, labels, columns or statistics
 ROWS_PER_CALL = 64  # of the tokenizer
 ROWS_FILE, STATISTICS_FILE = "rows.arrow", "statistics.json"
 LISTS = ("input_ids", "labels", "document_lengths", "token_type_ids")  # the last one empty where a model has none

@@ -2,9 +2,9 @@
 
 import re
 import unicodedata
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,67 +14,84 @@ from qvtune.data.rows import BadRowError
 from qvtune.errors import UserError
 
 MAX_ADDED_TOKENS = 1000  # a regular expression of more of them (Gemma 3 has 6,000) takes longer than it saves
-_GUARD = "\n"  # before a piece that continues a word: SentencePiece puts a space before what begins a text
 
 IdsAndLabels = tuple[list[int], list[int]]
 
 
-@dataclass
-class _Piece:
+class Piece:
     """A part of a text that is tokenized by itself: from one added token or ``CUT`` to the next.
 
-    ``offsets``: the characters of each token in ``text``; only where a label border is inside the piece.
+    Attributes:
+        start, end: its place in the whole text.
+        continues: a word that begins before a ``CUT``.
+        ids: its tokens.
+        encoding: which characters they cover; only where a label border is inside the piece.
     """
 
-    start: int
-    text: str
-    continues: bool  # a word that begins before a ``CUT``
-    ids: list[int] = field(default_factory=list)
-    offsets: list[Span] = field(default_factory=list)
+    __slots__ = ("continues", "encoding", "end", "ids", "start", "text")
+
+    def __init__(self, start: int, text: str, continues: bool) -> None:
+        self.start, self.end, self.text, self.continues = start, start + len(text), text, continues
+        self.ids: list[int] = []
+        self.encoding: Any = None  # tokenizers.Encoding
 
     def has_border(self, spans: Sequence[Span]) -> bool:
         """Whether a span begins or ends inside."""
-        end = self.start + len(self.text)
-        return any(self.start < first < end or self.start < last < end for first, last in spans)
+        return any(self.start < first < self.end or self.start < last < self.end for first, last in spans)
 
     def labelled(self, span: Span) -> slice:
-        """The tokens that belong to a span of the whole text. Raises BadRowError for one that does so only in part."""
-        first, last = span[0] - self.start, span[1] - self.start
-        if first >= len(self.text) or last <= 0:
-            return slice(0)
-        if first <= 0 and last >= len(self.text):
-            return slice(len(self.ids))
-        low, high = bisect_left(self.offsets, (first,)), bisect_left(self.offsets, (last,))
-        while low > 0 and self.offsets[low - 1][1] > first:
-            low -= 1
-        while low < high and not self._is_within(low, first, last):
-            low += 1
-        while high < len(self.offsets) and self._is_within(high, first, last):
-            high += 1
-        while high > low and not self._is_within(high - 1, first, last):
-            high -= 1
-        return slice(low, high)
-
-    def _is_within(self, token: int, first: int, last: int) -> bool:
-        """Whether a token belongs to the characters [first, last); only its white space may be outside."""
-        start, end = self.offsets[token]
-        if start == end:  # byte-level tokenizers may report white space as the empty range after it
-            return first < start <= last
-        if first <= start and end <= last:
-            return True
-        core = self.text[start:end].strip()
-        if end <= first or last <= start or not core:
-            return False
-        core_start = self.text.index(core, start)
-        core_end = core_start + len(core)
-        if core_end <= first or last <= core_start:
-            return False
-        if first <= core_start and core_end <= last:
-            return True
-        raise BadRowError(
-            f"the tokenizer joins {core!r} into one token, only a part of which is the assistant's text; the chat "
-            "template must separate the assistant's text from its own by a special token or white space"
+        """The tokens of a span that overlaps the piece, and a token that is in part before it."""
+        first, last = span
+        return slice(
+            self._first_token(first) if first > self.start else 0,
+            self._first_token(last) if last < self.end else len(self.ids),
         )
+
+    def _first_token(self, border: int) -> int:
+        """Index of the first token of what begins at ``border``, a place inside the piece."""
+        assert self.encoding is not None  # no piece with a border follows a ``CUT``
+        first = border - self.start
+        tokens = map(self.encoding.char_to_token, range(first, len(self.text)))
+        index: int = next((token for token in tokens if token is not None), len(self.ids))
+        while index > 0:  # byte-level tokenizers may report white space as the empty range after it
+            start, end = self.encoding.token_to_chars(index - 1) or (0, 0)
+            if start < end or start <= first:
+                break
+            index -= 1
+        return index
+
+
+class _Encoded:
+    """Tokens and labels of a text.
+
+    Attributes:
+        runs: the label tokens of each span; ``decoded``: what they decode to; ``expected``: the characters of the span.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], text: LabelledText) -> None:
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self.runs: list[list[int]] = [[] for _ in text.spans]
+        self.decoded: list[str] = []
+        self.expected = [text.text[first:last].replace(CUT, "") for first, last in text.spans]
+        for piece in pieces:
+            for run, span in zip(self.runs, text.spans, strict=True):
+                if span[0] < piece.end and piece.start < span[1]:
+                    part = piece.labelled(span)
+                    self.labels += [IGNORE_INDEX] * (len(self.ids) + part.start - len(self.labels))
+                    self.labels += piece.ids[part]
+                    run += piece.ids[part]
+            self.ids += piece.ids
+        self.labels += [IGNORE_INDEX] * (len(self.ids) - len(self.labels))
+
+    def proved(self) -> IdsAndLabels | BadRowError:
+        for decoded, expected in zip(self.decoded, self.expected, strict=True):
+            if _dense(decoded) != _dense(expected):
+                place = max(num_shared(decoded, expected) - 10, 0)
+                found, wanted = decoded[place:][:30], expected[place:][:30]
+                reason = f"the tokens of an answer decode to {found!r} instead of {wanted!r}"
+                return BadRowError(reason, "tokens of an answer that decode to another text")
+        return self.ids, self.labels
 
 
 class Encoder:
@@ -102,55 +119,68 @@ class Encoder:
         self._border = re.compile(f"({'|'.join(longest_first)})") if self._works_by_parts(tokenizer) else None
 
     def encode(self, texts: Sequence[LabelledText]) -> list[IdsAndLabels | BadRowError]:
-        """Token ids and labels of each text; BadRowError where the label tokens do not decode to exactly the spans."""
+        """Token ids and labels of each text; BadRowError where the label tokens do not decode to exactly the spans.
+
+        Where a token would be in a span only in part, the text is tokenized in parts: at inference the prompt is
+        tokenized by itself, too.
+        """
+        texts = [_cut_at_borders(one) if CUT in one.text else one for one in texts]
+        encoded = self._encode(texts)
+        inexact = [index for index, one in enumerate(encoded) if not all(map(_is_exact, one.decoded, one.expected))]
+        again = self._encode([_cut_at_borders(texts[index]) for index in inexact])
+        found: list[IdsAndLabels | BadRowError] = [(one.ids, one.labels) for one in encoded]
+        for index, one in zip(inexact, again, strict=True):
+            found[index] = one.proved()
+        return found
+
+    def _encode(self, texts: Sequence[LabelledText]) -> list[_Encoded]:
         pieces = [list(self._pieces(one.text)) for one in texts]
         self._tokenize(pieces, [one.spans for one in texts])
-        found = list(map(_with_labels, pieces, texts))
-        runs = [run for one in found if not isinstance(one, BadRowError) for run in one[2]]
-        decoded = iter(self._backend.decode_batch(runs, skip_special_tokens=False))
-        return [
-            one if isinstance(one, BadRowError) else _proved(one[0], one[1], text, [next(decoded) for _ in text.spans])
-            for one, text in zip(found, texts, strict=True)
-        ]
+        encoded = list(map(_Encoded, pieces, texts))
+        decoded = iter(
+            self._backend.decode_batch([run for one in encoded for run in one.runs], skip_special_tokens=False)
+        )
+        for one in encoded:
+            one.decoded = [next(decoded) for _ in one.runs]
+        return encoded
 
-    def _pieces(self, text: str) -> Iterator[_Piece]:
+    def _pieces(self, text: str) -> Iterator[Piece]:
         start = 0
         for number, part in enumerate(text.split(CUT)):
             continues = number > 0
             for piece in self._border.split(part) if self._border else (part,):
                 if piece:
-                    yield _Piece(start, piece, continues)
+                    yield Piece(start, piece, continues)
                 start, continues = start + len(piece), False
             start += len(CUT)
 
-    def _tokenize(self, pieces: Sequence[Sequence[_Piece]], spans: Sequence[Sequence[Span]]) -> None:
+    def _tokenize(self, pieces: Sequence[Sequence[Piece]], spans: Sequence[Sequence[Span]]) -> None:
         """Fill in the tokens of all pieces."""
-        with_offsets: list[_Piece] = []
-        others: list[_Piece] = []
+        divided: list[Piece] = []
+        others: list[Piece] = []
         for parts, of_text in zip(pieces, spans, strict=True):
             for piece in parts:
-                (with_offsets if piece.continues or piece.has_border(of_text) else others).append(piece)
+                if piece.continues:
+                    piece.ids = self._continued(piece.text)
+                else:
+                    (divided if piece.has_border(of_text) else others).append(piece)
         known = {text: [id] for text, id in self._added.items()} if self._border else {}
         unknown = list({piece.text: None for piece in others if piece.text not in known})
         tokens = self._backend.encode_batch_fast(unknown, add_special_tokens=False)
         known |= {text: found.ids for text, found in zip(unknown, tokens, strict=True)}
         for piece in others:
             piece.ids = known[piece.text]
-        guarded = [_GUARD * piece.continues + piece.text for piece in with_offsets]
-        tokens = self._backend.encode_batch(guarded, add_special_tokens=False)
-        for piece, found in zip(with_offsets, tokens, strict=True):
-            piece.ids, piece.offsets = found.ids, found.offsets
-            if piece.continues:
-                self._remove_guard(piece)
+        tokens = self._backend.encode_batch([piece.text for piece in divided], add_special_tokens=False)
+        for piece, found in zip(divided, tokens, strict=True):
+            piece.ids, piece.encoding = found.ids, found
 
-    def _remove_guard(self, piece: _Piece) -> None:
-        guard = self._backend.encode(_GUARD, add_special_tokens=False).ids
-        if piece.ids[: len(guard)] == guard:
-            piece.ids = piece.ids[len(guard) :]
-            piece.offsets = [(start - len(_GUARD), end - len(_GUARD)) for start, end in piece.offsets[len(guard) :]]
-        else:  # the line break is joined with what follows it
-            found = self._backend.encode(piece.text, add_special_tokens=False)
-            piece.ids, piece.offsets = found.ids, found.offsets
+    def _continued(self, text: str) -> list[int]:
+        """Tokens of what follows a ``CUT``: without the space that SentencePiece puts before what begins a text."""
+        guard, guarded, alone = (
+            found.ids for found in self._backend.encode_batch(["\n", "\n" + text, text], add_special_tokens=False)
+        )
+        starts_with_guard: bool = guarded[: len(guard)] == guard  # else the line break was joined with what follows it
+        return list(guarded[len(guard) :] if starts_with_guard else alone)
 
     def _works_by_parts(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether the text between two added tokens is tokenized as it would be alone."""
@@ -163,43 +193,20 @@ class Encoder:
         )
 
 
-def _with_labels(
-    pieces: Sequence[_Piece], text: LabelledText
-) -> tuple[list[int], list[int], list[list[int]]] | BadRowError:
-    """Token ids, labels, and the label tokens of each span."""
-    ids: list[int] = []
-    labels: list[int] = []
-    runs: list[list[int]] = [[] for _ in text.spans]
-    for piece in pieces:
-        of_piece = [IGNORE_INDEX] * len(piece.ids)
-        for run, span in zip(runs, text.spans, strict=True):
-            try:
-                part = piece.labelled(span)
-            except BadRowError as reason:
-                return reason
-            of_piece[part] = piece.ids[part]
-            run += piece.ids[part]
-        ids += piece.ids
-        labels += of_piece
-    return ids, labels, runs
+def _cut_at_borders(text: LabelledText) -> LabelledText:
+    borders = [0, *(border for span in text.spans for border in span), len(text.text)]
+    parts = [text.text[start:end] for start, end in pairwise(borders)]
+    places = list(accumulate(len(part) + len(CUT) for part in parts))  # where the parts after the first begin
+    return LabelledText(
+        CUT.join(parts), [(start, end - len(CUT)) for start, end in zip(places[::2], places[1::2], strict=False)]
+    )
 
 
-def _proved(
-    ids: list[int], labels: list[int], text: LabelledText, decoded: Sequence[str]
-) -> IdsAndLabels | BadRowError:
-    for (first, last), found in zip(text.spans, decoded, strict=True):
-        expected = text.text[first:last].replace(CUT, "")
-        if found != expected and _dense(found) != _dense(expected):
-            return BadRowError(f"the tokens of an answer decode to another text: {_excerpt(found, expected)}")
-    return ids, labels
+def _is_exact(decoded: str, expected: str) -> bool:
+    """SentencePiece decodes the first token without its space."""
+    return decoded == expected or " " + decoded == expected
 
 
 def _dense(text: str) -> str:
     """Without what a tokenizer may change: white space at its special tokens, and how Unicode composes characters."""
     return "".join(unicodedata.normalize("NFKC", text).split())
-
-
-def _excerpt(found: str, expected: str) -> str:
-    """Where the two begin to differ."""
-    place = max(num_shared(found, expected) - 10, 0)
-    return f"{found[place:][:30]!r} instead of {expected[place:][:30]!r}"

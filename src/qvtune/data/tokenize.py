@@ -104,6 +104,8 @@ def _tokenize_chats(
             texts.append(template.texts(row, loss_on))
         except BadRowError as reason:
             texts.append(reason)
+        except RecursionError:
+            texts.append(BadRowError("its messages are nested too deeply", "nested too deeply"))
     encoded = iter(encoder.encode([text for of_row in texts if isinstance(of_row, list) for text in of_row]))
     return [row if isinstance(row, BadRowError) else _documents([next(encoded) for _ in row]) for row in texts]
 
