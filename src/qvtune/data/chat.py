@@ -143,7 +143,7 @@ class ChatTemplate:
         begins_with_answer = chat.messages[first_reply]["role"] == "assistant"
         before = self._render(chat.first(first_reply), generation_prompt=begins_with_answer)
         shown = whole[len(before) :]
-        if not whole.startswith(before) or not all(_shows(shown, one) for one in chat.messages[first_reply:]):
+        if not whole.startswith(before) or any(_missing(shown, one) is not None for one in chat.messages[first_reply:]):
             reason = "the chat template does not show a completion of several messages after its prompt, as it is"
             raise BadRowError(reason, _NOT_SHOWN)
         return LabelledText(whole, [(len(before), self._end_of_turn(whole, len(before)))])
@@ -153,7 +153,7 @@ class ChatTemplate:
         message = chat.messages[index]
         before = self._render(chat.first(index), generation_prompt=True)
         after = whole if index == len(chat.messages) - 1 else self._render(chat.first(index + 1))
-        if not (after.startswith(before) and _shows(after[len(before) :], message)):
+        if not after.startswith(before) or _missing(after[len(before) :], message) is not None:
             after = self._with_thinking(before, after, message)
         return after, (len(before), self._end_of_turn(after, len(before)))
 
@@ -168,7 +168,7 @@ class ChatTemplate:
         end = max((token for token in self._added if shown.endswith(token)), key=len, default=None)
         kept = shown.removesuffix(end or "")
         if start < 0 or end is None or _extras(message) or not content.strip().endswith(kept.strip()):
-            raise _not_shown(before, after)
+            raise _not_shown(before, after, message)
         answer = content[len(before) - start :].rstrip() + kept[len(kept.rstrip()) :]
         return before + answer + after[start + len(kept) :]
 
@@ -191,9 +191,10 @@ def _start_of_answer(before: str, after: str, content: str) -> int:
     return next((place for place in places if content.startswith(before[place:])), -1)
 
 
-def _not_shown(before: str, after: str) -> BadRowError:
+def _not_shown(before: str, after: str, message: Message) -> BadRowError:
     if after.startswith(before):
-        return BadRowError("the chat template does not show all of an answer, or not as it is", _NOT_SHOWN)
+        text = str(_missing(after[len(before) :], message)).replace(CUT, "")
+        return BadRowError(f"the chat template does not show {text[:40]!r} of an answer, or not as it is", _NOT_SHOWN)
     reason = (
         f"the generation prompt of the chat template ends with {before[-30:]!r}, but the answer does not follow it, so "
         "the model would be trained on another context than it has at inference"
@@ -231,8 +232,8 @@ def _parsed(arguments: Any) -> Any:
         return arguments
 
 
-def _shows(answer: str, message: Message) -> bool:
-    """Whether a rendered answer has all of a message. Templates trim, and some texts they write as JSON."""
+def _missing(answer: str, message: Message) -> str | None:
+    """A text of a message that is not in the rendered answer. Templates trim, and some texts they write as JSON."""
     content = message.get("content")
     texts = [content] if isinstance(content, str) else []
     dense = ""
@@ -241,5 +242,5 @@ def _shows(answer: str, message: Message) -> bool:
             continue
         dense = dense or "".join(answer.split())
         if not any("".join(one.split()) in dense for one in (text, json.dumps(text, ensure_ascii=False)[1:-1])):
-            return False
-    return True
+            return text
+    return None
