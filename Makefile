@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-slurm test-others lint lock flash-attn clean
+.PHONY: help env demo test test-fast test-slurm test-ranks test-convert test-rest lint lock flash-attn clean
 
 PYTHON ?= python3
 TORCH := 2.13.0
@@ -19,25 +19,33 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY)  ## create or update .venv from requirements.lock (TORCH_BACKEND=cpu|auto|cu126|..., PYTHON=python3.12)
 
 demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it equal
 	$(BIN)/python -m qvtune.demo
 
-# Side by side: the tests of Slurm often wait for it to notice what has happened.
+# Side by side on two cores: the tests of Slurm often wait for it to notice what has happened.
+FAST := -m "not distributed and not launch and not slurm"
+
 test: env  ## all tests
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-slurm test-others
+	$(MAKE) --jobs=3 --keep-going --output-sync=target test-slurm test-ranks test-convert test-rest
 
 test-fast: env  ## the tests that start no ranks, no launcher and no Slurm cluster
-	$(BIN)/python -m pytest -m "not distributed and not launch and not slurm"
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-convert test-rest
 
 test-slurm: env  ## the tests in a Slurm cluster, which they start (tests/slurm)
 	$(BIN)/python -m pytest -m slurm
 
-test-others: env  ## all other tests
-	$(BIN)/python -m pytest -m "not slurm"
+test-ranks: env  ## the tests that start ranks or a launcher
+	$(BIN)/python -m pytest -m "distributed or launch"
+
+test-convert: env  ## the fast tests of tests/convert, which are half of these
+	$(BIN)/python -m pytest $(FAST) tests/convert
+
+test-rest: env  ## the other fast tests
+	$(BIN)/python -m pytest $(FAST) --ignore=tests/convert
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
