@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -154,6 +155,12 @@ def test_a_search_for_nan_where_no_codes_are_gathered_is_no_problem(
 ) -> None:
     monkeypatch.setenv("TORCH_NCCL_NAN_CHECK", "1")
     assert find_problems(make_config(**changes), world_size=1, on_gpus=True) == []
+
+
+def test_the_hub_is_not_asked_for_first_rows(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    data = {**make_config().data.model_dump(), "train": {"path": "owner/sums", "split": "train"}}
+    assert find_problems(make_config(data=data), world_size=1, on_gpus=True) == []
 
 
 def test_a_run_is_resumed_on_the_rows_that_it_was_started_with(tmp_path: Path, make_config: MakeConfig) -> None:

@@ -54,15 +54,14 @@ class RowParser:
     def parse(self, record: Record) -> Row:
         """The row of a record. Raises BadRowError where it cannot be used."""
         value = self.read(record)
-        candidates = self.candidates(value)
+        if self.format in FORMATS and self._may_be(self.format, value):
+            return _PARSERS[self.format](record.place, value)
+        found = self.candidates(value)[0]
         if self.format == "auto":
-            return _PARSERS[candidates[0]](record.place, value)
-        if self.format not in candidates:
-            raise BadRowError(
-                f"a {candidates[0]} row, but data.format (or, with auto, the first good row) is {self.format}",
-                "another format",
-            )
-        return _PARSERS[self.format](record.place, value)
+            return _PARSERS[found](record.place, value)
+        raise BadRowError(
+            f"a {found} row, but data.format (or, with auto, the first good row) is {self.format}", "another format"
+        )
 
     def read(self, record: Record) -> dict[Any, Any]:
         """Column -> value of a record, with our names. Raises BadRowError where it is none, or lacks a column."""

@@ -10,7 +10,7 @@ from qvtune.config.data import DataSection, SourceSection
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.rows import BadRows, Row
-from qvtune.data.sources.source import open_source, read_rows
+from qvtune.data.sources.source import HUB, open_source, read_rows
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
@@ -131,10 +131,16 @@ def _refuse_what_has_no_effect(data: DataSection) -> None:
 
 
 def check_rows(setting: str, source: SourceSection, config: RunConfig, max_rows: int | None = None) -> None:
-    """Read a data set, or its first rows, without tokenizing it. Raises UserError where rows are bad."""
+    """Read a data set, or its first rows, without tokenizing it. Raises UserError where rows are bad.
+
+    For its first rows a data set of the hub is not downloaded: it is not checked then.
+    """
     with naming_setting(setting):
+        opened = open_source(source)
+        if max_rows is not None and opened.kind == HUB:
+            return
         bad = BadRows(source.path, config.data.on_bad_row)
-        num_good = sum(1 for _ in read_rows(open_source(source), bad, max_rows=max_rows))
+        num_good = sum(1 for _ in read_rows(opened, bad, max_rows=max_rows))
         bad.check(num_good)
 
 

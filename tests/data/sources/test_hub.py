@@ -1,7 +1,7 @@
 """Data sets of the hub, which no test can reach: a folder stands in for it behind ``datasets.load_dataset``."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,20 @@ def test_a_data_set_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) 
         UserError, match=r"cannot be loaded: Dataset 'owner/sums' doesn't exist on the Hub or cannot be"
     ):
         list(hub_source(split="train").records())
+
+
+def test_a_stream_that_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield PAIRS[0]
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    records = hub_source(split="train", streaming=True).records()
+    assert next(records).value == PAIRS[0]
+    with pytest.raises(
+        UserError, match=r"^owner/sums \(train\) cannot be read after row 1 \(no route to host\); try again"
+    ):
+        next(records)
 
 
 @pytest.mark.parametrize("path", ["rows/train.jsonl", "owner/name/more", "name", "rows/train.parquet"])

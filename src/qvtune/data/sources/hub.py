@@ -15,7 +15,9 @@ def load_saved(source: SourceSection) -> Any:
     try:
         found = datasets.load_from_disk(source.path)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{source.path} cannot be read as a folder of save_to_disk ({_short(error)})") from error
+        raise UserError(
+            f"{source.path} cannot be read as a folder of save_to_disk ({_short(error)}); copy or make it again"
+        ) from error
     if isinstance(found, datasets.DatasetDict):
         return _split_of(source, found)
     if source.split is not None:

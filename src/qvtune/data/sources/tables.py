@@ -1,6 +1,7 @@
 """Parquet, Arrow and data sets of ``datasets`` -> records."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ def read_parquet(file: Path) -> Iterator[Record]:
     """One record a row."""
     try:
         with pq.ParquetFile(file) as opened:
-            yield from _records(str(file), opened.iter_batches(batch_size=_ROWS_AT_A_TIME))
+            # One by one: over all row groups a reader keeps what it has read.
+            groups = (opened.iter_batches(_ROWS_AT_A_TIME, [group]) for group in range(opened.num_row_groups))
+            yield from _records(str(file), chain.from_iterable(groups))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as Parquet ({error}); copy or make it again") from error
 
@@ -25,7 +28,7 @@ def read_parquet(file: Path) -> Iterator[Record]:
 def read_arrow(file: Path) -> Iterator[Record]:
     """One record a row; the file is a stream, as ``datasets`` writes it, or has an index."""
     try:
-        with pa.memory_map(str(file)) as opened:
+        with pa.OSFile(str(file)) as opened:
             yield from _records(str(file), _batches(opened))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as Arrow ({error}); copy or make it again") from error
@@ -33,11 +36,17 @@ def read_arrow(file: Path) -> Iterator[Record]:
 
 def read_dataset(name: str, rows: Any) -> Iterator[Record]:
     """One record a row of a ``Dataset`` or an ``IterableDataset``, decoded to Python's types."""
-    for number, value in enumerate(rows, start=1):
-        yield Record(f"{name} row {number}", _without_missing_keys(value))
+    from datasets.exceptions import DatasetsError
+
+    number = 0
+    try:
+        for number, value in enumerate(rows, start=1):
+            yield Record(f"{name} row {number}", _without_missing_keys(value))
+    except (pa.ArrowException, OSError, DatasetsError) as error:
+        raise UserError(f"{name} cannot be read after row {number} ({error}); try again, or copy it again") from error
 
 
-def _batches(opened: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+def _batches(opened: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     if opened.read(6) == b"ARROW1":
         index = pa.ipc.open_file(opened)
         yield from map(index.get_batch, range(index.num_record_batches))
