@@ -1,5 +1,6 @@
 """What a merge did, for people and as merge_report.json."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,9 @@ def show(report: MergeReport, output: Path) -> None:
     table.add_row("top-1 agreement", f"{proof.top1_agreement:.2%}", f">= {limits.top1_agreement:.0%}")
     bound = "" if limits.max_abs_difference is None else f"<= {limits.max_abs_difference:.0e}"
     table.add_row("largest difference of logits", f"{proof.max_abs_difference:.2e}", bound)
+    if limits.max_relative_difference is not None:
+        share = proof.max_abs_difference / proof.largest_logit if proof.largest_logit else math.inf
+        table.add_row("the same / largest logit", f"{share:.2e}", f"<= {limits.max_relative_difference:.0e}")
     table.add_row("mean difference of logits", f"{proof.mean_abs_difference:.2e}")
     table.add_row("mean KL(adapted || merged)", f"{proof.mean_kl:.2e} nats", f"<= {limits.mean_kl:.0e}")
     for name, difference in _by_choice(report).items():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -97,6 +97,12 @@ def separate(batch: Batch) -> Batch:
     token_type_ids = None if batch.token_type_ids is None else cut(batch.token_type_ids, 0)
     apart = _with_segments(cut(batch.input_ids, 0), cut(batch.labels, IGNORE_INDEX), segments, token_type_ids)
     return apart.to(batch.input_ids.device)
+
+
+def padding_token(tokenizer: Any) -> int:
+    """The token behind the end of a row. It has no label, and no other token attends to it: any token will do."""
+    found: int = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    return found
 
 
 def empty_batch(pad_token_id: int) -> Batch:

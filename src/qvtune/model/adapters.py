@@ -87,6 +87,11 @@ def transformers_model(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
+def is_of_head(parameter_name: str) -> bool:
+    """Whether a parameter belongs to a head, or to the pooler before it."""
+    return bool(_HEAD_NAME.search(parameter_name))
+
+
 def group_and_factor(parameter_name: str) -> tuple[str, str | None]:
     """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor.
 
@@ -94,7 +99,7 @@ def group_and_factor(parameter_name: str) -> tuple[str, str | None]:
     """
     match = _TRAINED_NAME.search(parameter_name)
     if match is None:
-        assert _HEAD_NAME.search(parameter_name), parameter_name
+        assert is_of_head(parameter_name), parameter_name
         return HEAD, None
     return _LETTER_OF[match["module"]], match["factor"]
 

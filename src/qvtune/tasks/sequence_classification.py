@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from qvtune.config.data import LossOn
 from qvtune.config.schema import ClassificationSection
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.batch import Batch, collate
+from qvtune.data.batch import Batch, collate, padding_token
 from qvtune.data.dataset import TokenRows
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, LabelledRow, Row
@@ -133,8 +133,8 @@ def _tokenize(row: LabelledRow, tokenizer: Any, max_length: int) -> tuple[list[i
     if truncated:
         encoded = tokenizer(row.text, row.text_pair, verbose=False, truncation=True, max_length=max_length)
     ids: list[int] = encoded["input_ids"]
-    length = len(ids)
-    while length and ids[length - 1] == tokenizer.pad_token_id:
+    length, padding = len(ids), padding_token(tokenizer)
+    while length and ids[length - 1] == padding:
         length -= 1
     if not length:
         raise BadRowError("its text gives no tokens")

@@ -15,6 +15,7 @@ import torch
 from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
+from qvtune.data.batch import padding_token
 from qvtune.data.dataset import TokenRows
 from qvtune.distributed import process_group
 from qvtune.errors import UserError, naming_setting
@@ -109,7 +110,7 @@ def preflight(
         rows=rows[TRAIN],
         eval_rows=rows.get(EVAL),
         data_statistics=statistics,
-        pad_token_id=_pad_token_id(found.tokenizer),
+        pad_token_id=padding_token(found.tokenizer),
         max_steps=_max_steps(config, len(rows[TRAIN])),
     )
 
@@ -211,12 +212,6 @@ def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Ch
 def _check_task(task: Task, model_config: Any, max_length: int) -> None:
     if problems := task.model_problems(model_config, max_length):
         raise UserError(problems)
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Padding has no label, and no other token attends to it: any token will do."""
-    found: int = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-    return found
 
 
 def _max_steps(config: RunConfig, num_rows: int) -> int:

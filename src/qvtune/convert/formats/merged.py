@@ -7,7 +7,7 @@ import torch
 from qvtune.config.outputs import BaseChoice
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, merged_config, write_weights
-from qvtune.convert.proof.proof import EXACT, ROUNDED, Limits
+from qvtune.convert.proof.proof import EXACT, EXACT_SCORES, ROUNDED, ROUNDED_SCORES, Limits
 from qvtune.convert.proof.views import ModelViews, merged_folder, model_views
 from qvtune.model.companions import copy_companions
 from qvtune.storage.files import write_json
@@ -39,7 +39,10 @@ def limits(conversion: Conversion) -> Limits:
     as_stored = all(
         torch.promote_types(tensor.dtype, trained) == trained for tensor in conversion.base.weights.values()
     )
-    return EXACT if as_stored and conversion.dtype == torch.float32 else ROUNDED
+    is_exact = as_stored and conversion.dtype == torch.float32
+    if conversion.settings.get("problem_type") == "regression":
+        return EXACT_SCORES if is_exact else ROUNDED_SCORES
+    return EXACT if is_exact else ROUNDED
 
 
 def how_to_load(conversion: Conversion, title: str) -> str:

@@ -16,13 +16,17 @@ _CHUNK_POSITIONS = 64  # looked at together: bounds the float64 copies of their 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one model from another over all positions. Differences are of logits, KL(first || second) is in nats."""
+    """Of one model from another over all positions. Differences are of logits, KL(first || second) is in nats.
+
+    ``largest_logit``: the largest absolute value, at any position, of the first model's highest logit.
+    """
 
     positions: int
     max_abs_difference: float
     mean_abs_difference: float
     mean_kl: float
     top1_agreement: float
+    largest_logit: float
 
 
 class LogitSums:
@@ -71,14 +75,15 @@ class LogitSums:
         self._at_label[:, at.start + positions] = logits_MTV[:, positions, entry[positions]]
 
     def differences(self) -> Tensor:
-        """For each pair and position: largest and mean difference, KL, whether the first choice is the same."""
+        """For each pair and position: largest and mean difference, KL, whether the first choice is the same, and the
+        first model's highest logit."""
         log_sums = self._largest + self._exp.log()
         rows = []
         for index, (p, q) in enumerate(self._pairs):
             kl = self._weighted[index] / self._exp[p] - log_sums[p] + log_sums[q]
             agrees = (self._choice[p] == self._choice[q]).double()
             mean = self._difference_sum[index] / self._entries
-            rows.append(torch.stack([self._difference_max[index], mean, kl, agrees]))
+            rows.append(torch.stack([self._difference_max[index], mean, kl, agrees, self._largest[p]]))
         return torch.stack(rows)
 
     def losses(self) -> Tensor:
@@ -89,15 +94,16 @@ class LogitSums:
 
 def summary(sums: Sequence[LogitSums], pairs: Mapping[str, int]) -> dict[str, Difference]:
     """Over all texts; ``pairs``: a name for each pair's index. What is not finite stays so."""
-    measured = torch.cat([one.differences() for one in sums], dim=-1)  # [pairs, 4, positions]
+    measured = torch.cat([one.differences() for one in sums], dim=-1)  # [pairs, 5, positions]
     result = {}
     for name, index in pairs.items():
-        largest, mean, kl, agrees = measured[index]
+        largest, mean, kl, agrees, highest = measured[index]
         result[name] = Difference(
             positions=len(agrees),
             max_abs_difference=float(largest.max()),
             mean_abs_difference=float(mean.mean()),
             mean_kl=float(kl.mean()),
             top1_agreement=float(agrees.mean()),
+            largest_logit=float(highest.abs().max()),
         )
     return result

@@ -19,11 +19,15 @@ from qvtune.convert.proof.views import ModelViews
 
 @dataclass(frozen=True)
 class Limits:
-    """How far apart the two models may be and still count as equal."""
+    """How far apart the two models may be and still count as equal.
+
+    ``max_relative_difference``: the largest difference, as a share of ``largest_logit``.
+    """
 
     top1_agreement: float
     max_abs_difference: float | None
     mean_kl: float
+    max_relative_difference: float | None = None
 
 
 # The same weights: only the order of additions differs, which moves logits by 1e-5 to 1e-4.
@@ -31,6 +35,9 @@ EXACT = Limits(top1_agreement=1.0, max_abs_difference=1e-3, mean_kl=1e-5)
 # Weights rounded to 16 bits. SmolLM2-135M in bfloat16: 99.6 %, KL 1.1e-4, single logits off by 0.3. The same with a
 # scaling that is wrong by a tenth: 97.8 %, KL 4.4e-3. Few positions make the agreement grainy, hence 98 %.
 ROUNDED = Limits(top1_agreement=0.98, max_abs_difference=None, mean_kl=1e-3)
+# A single score has no distribution, so that KL and first choice say nothing; its scale is that of the labels.
+EXACT_SCORES = Limits(1.0, max_abs_difference=None, mean_kl=1e-5, max_relative_difference=1e-5)
+ROUNDED_SCORES = Limits(1.0, max_abs_difference=None, mean_kl=1e-3, max_relative_difference=2e-2)
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,11 @@ class Proof(Difference):
     @property
     def passed(self) -> bool:
         """Whether all limits are kept; a NaN keeps none."""
-        bound = self.limits.max_abs_difference
+        bound, relative = self.limits.max_abs_difference, self.limits.max_relative_difference
         return (
             self.top1_agreement >= self.limits.top1_agreement
             and (bound is None or self.max_abs_difference <= bound)
+            and (relative is None or self.max_abs_difference <= relative * self.largest_logit)
             and self.mean_kl <= self.limits.mean_kl
         )
 

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from qvtune.convert.merge.changes import Change, Replaced, RowsReplaced
 from qvtune.convert.sources.peft_config import HEAD_TASKS
+from qvtune.data.batch import padding_token
 from qvtune.errors import UserError
+from qvtune.model.families import FAMILIES
+from qvtune.model.head import HeadSettings
 from qvtune.storage.safetensors import StoredTensor, TensorFiles
 
 OUTPUT = "lm_head.weight"
@@ -51,6 +54,29 @@ def head_settings(task_type: str | None, changes: Mapping[str, Change], base: Pa
         labels = [f"LABEL_{index}" for index in range(num_labels)]
         settings["id2label"] = {str(index): label for index, label in enumerate(labels)}
         settings["label2id"] = {label: index for index, label in enumerate(labels)}
+    return settings
+
+
+def trained_head(trajectory: Mapping[str, Any]) -> HeadSettings | None:
+    """The head that a run of ours has trained, by the settings in its checkpoint; None where its task has none."""
+    if trajectory.get("task") != "sequence_classification":
+        return None
+    labels = trajectory["classification"]["labels"]
+    return HeadSettings(None if labels is None else tuple(labels))
+
+
+def classifier_settings(head: HeadSettings, base: Path) -> dict[str, Any]:
+    """Settings of config.json that make the model folder ``base`` one that classifies.
+
+    A decoder also gets a padding token: transformers takes the last token that is none as the end of a text.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    family = _read_config(base)["model_type"]
+    settings = head.as_config() | {"architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[family]]}
+    if not FAMILIES[family].is_encoder:
+        settings["pad_token_id"] = padding_token(AutoTokenizer.from_pretrained(base))
     return settings
 
 

@@ -13,6 +13,7 @@ from qvtune.convert.sources.heads import OUTPUT, head_settings, input_of, is_oth
 from qvtune.convert.sources.names import model_names, plain_keys
 from qvtune.convert.sources.peft_config import HEAD_TASKS, PeftConfig
 from qvtune.errors import UserError
+from qvtune.model.head import is_head_tensor
 from qvtune.storage.safetensors import StoredTensor
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
@@ -76,7 +77,16 @@ class _Reader:
         wanted = [f"{module}.weight" for module in (*self.parts, *self.tokens)]
         task_type = self.config.get("task_type")
         names = model_names([*wanted, *self.saved], self.base)
-        self.names = {name: found for name, found in names.items() if not is_other_head(name, task_type)}
+        self.names = {
+            name: found
+            for name, found in names.items()
+            if not (is_other_head(name, task_type) or self._is_replaced_head(name, self.base[found]))
+        }
+
+    def _is_replaced_head(self, name: str, stored: StoredTensor) -> bool:
+        """Whether the base's head, which is for other classes, gives way to the one that was saved."""
+        saved = self.saved.get(name)
+        return saved is not None and is_head_tensor(name) and saved.numel() > 0 and tuple(saved.shape) != stored.shape
 
     def changes(self) -> dict[str, Change]:
         """Every change; what has no place in the base is either new (``modules_to_save``) or a problem."""

@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,17 @@ from qvtune.checkpoint.state import TRAINED, TrainerState, load_trainer_state, t
 from qvtune.config.schema import ModelSection
 from qvtune.convert.merge.changes import Adapter, LazyReplacement
 from qvtune.convert.sources.deepspeed import open_zero, step_folder
+from qvtune.convert.sources.heads import classifier_settings, trained_head
 from qvtune.convert.sources.kinds import KINDS, require_source
+from qvtune.convert.sources.names import model_names
 from qvtune.convert.sources.peft_adapter import peft_adapter
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS, PeftConfig
 from qvtune.errors import UserError
+from qvtune.model.adapters import is_of_head
 from qvtune.model.fingerprint import Fingerprint
+from qvtune.model.head import HeadSettings, is_head_tensor
 from qvtune.model.source import is_hub_id
-from qvtune.storage.safetensors import StoredTensor, read_headers
+from qvtune.storage.safetensors import StoredTensor, TensorFiles, read_headers
 
 ReadAdapter = Callable[[Mapping[str, StoredTensor]], Adapter]  # a base's tensors -> what is done to them
 Kind = Literal["checkpoint", "full", "peft", "deepspeed"]
@@ -98,7 +102,7 @@ def _open_ours(folder: Path, base: str | None) -> Source:
     model = ModelSection(**state.trajectory["model"])
     if base is not None:
         model = model.model_copy(update={"name_or_path": base, "revision": None})
-    is_full = (folder / TRAINED).is_file()
+    is_full, head = (folder / TRAINED).is_file(), trained_head(state.trajectory)
     saved = None
     read: ReadAdapter
     if is_full:
@@ -115,8 +119,16 @@ def _open_ours(folder: Path, base: str | None) -> Source:
         step=state.step,
         state=state,
         fingerprint=trained_base(folder),
-        adapter=read,
+        adapter=read if head is None else partial(_with_head, read, head),
         saved=saved,
+    )
+
+
+def _with_head(read: ReadAdapter, head: HeadSettings, base: Mapping[str, StoredTensor]) -> Adapter:
+    """The adapter, and what config.json has to say of the head."""
+    adapter = read(base)
+    return replace(
+        adapter, config={**adapter.config, **classifier_settings(head, next(iter(base.values())).file.parent)}
     )
 
 
@@ -179,18 +191,29 @@ def _foreign(folder: Path, kind: Kind, base: str | None, step: int | None, saved
 
 
 def _full_adapter(file: Path, dtype: torch.dtype, base: Mapping[str, StoredTensor]) -> Adapter:
-    """Every tensor of ``trained.safetensors`` replaces the base's. Raises UserError listing all that do not fit."""
+    """Every tensor of ``trained.safetensors`` replaces the base's; a head is added, and the base's own is dropped.
+
+    Raises UserError listing all that do not fit.
+    """
     trained = read_headers([file])
+    head = {name: tensor for name, tensor in trained.items() if is_of_head(name)}
+    names = model_names(trained, [name for name in base if not (head and is_head_tensor(name))])
     problems = [f"{file}: holds no tensors"] if not trained else []
     for name, tensor in trained.items():
-        if name not in base:
+        if name not in names and name not in head:
             problems.append(f"{file}: {name} {list(tensor.shape)} has no place in the base")
-        elif tensor.shape != base[name].shape:
-            found, expected = list(tensor.shape), list(base[name].shape)
+        elif name in names and tensor.shape != base[names[name]].shape:
+            found, expected = list(tensor.shape), list(base[names[name]].shape)
             problems.append(f"{file}: {name} has shape {found}, the base needs {expected}")
     if problems:
         raise UserError([*problems, "the checkpoint and the base must belong together; give another base with --base"])
-    return Adapter({name: LazyReplacement(tensor) for name, tensor in trained.items()}, dtype)
+    files = TensorFiles(file.parent, trained)
+    return Adapter(
+        changes={names[name]: LazyReplacement(tensor) for name, tensor in trained.items() if name in names},
+        dtype=dtype,
+        added={name: files.read(name).view(one.shape) for name, one in head.items() if name not in names},
+        dropped=frozenset(base.keys() - names.values()),
+    )
 
 
 def _read_config(path: Path) -> PeftConfig:
