@@ -290,14 +290,14 @@ def test_bad_value_is_named_with_what_is_allowed(tmp_path: Path, override: str, 
 def test_sources_are_texts_mappings_lists_and_named_sets(tmp_path: Path) -> None:
     text = """
 data:
-  train: [a.jsonl, {path: b, weight: 2, columns: {prompt: question, completion: 2}}, demo]
+  train: [a.jsonl, {path: b, max_rows: 2, columns: {prompt: question, completion: 2}}, demo]
   eval: {mathematics: {path: c, split: test}, all: [d, {path: e, format: text, loss_on: all}]}
   format: chat
 """
     config = load_config(write(tmp_path, SMALLEST + text))
     first, second, demo = config.data.train_sources
     assert first == SourceSection(path="a.jsonl", format="chat", loss_on="answers")
-    assert (second.path, second.weight, second.columns) == ("b", 2.0, {"prompt": "question", "completion": 2})
+    assert (second.path, second.max_rows, second.columns) == ("b", 2, {"prompt": "question", "completion": 2})
     assert (demo.path, demo.split) == ("demo", "train")
     sets = config.data.eval_sets
     assert [(name, [one.path for one in sources]) for name, sources in sets.items()] == [
@@ -307,6 +307,17 @@ data:
     assert (sets["mathematics"][0].split, sets["mathematics"][0].format) == ("test", "chat")
     assert (sets["all"][1].format, sets["all"][1].loss_on) == ("text", "all")
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_weights_are_for_all_sources_of_train_or_for_none(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALLEST)
+    weighted = load_config(path, ["data.train=[{path: a, weight: 0.5}, {path: b, weight: 2}]"])
+    assert [source.weight for source in weighted.data.train_sources] == [0.5, 2.0]
+    assert [source.weight for source in load_config(path, ["data.train=[a, b]"]).data.train_sources] == [None, None]
+    some = only_problem(tmp_path, SMALLEST, "data.train=[{path: a, weight: 0.5}, b]")
+    assert "`data.train` is [" in some and "it must have a `weight` for each source, or for none" in some
+    for value in ("{path: a, weight: 1}", "[{path: a, weight: 1}]", "{x: [b, {path: a, weight: 1}]}"):
+        assert "must have no `weight`" in only_problem(tmp_path, SMALLEST, f"data.eval={value}")
 
 
 def test_one_source_for_evaluation_is_the_set_eval(tmp_path: Path) -> None:

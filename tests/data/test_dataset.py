@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qvtune.config.schema import DataSection
-from qvtune.data import IGNORE_INDEX
+from qvtune.data import IGNORE_INDEX, token_cache
 from qvtune.data import dataset as dataset_module
 from qvtune.data.batch import collate
 from qvtune.data.dataset import TokenRows, build_token_rows
@@ -58,7 +59,7 @@ def test_counts_a_row_are_those_of_the_loss(build: Callable[..., TokenRows], wri
     for index in range(len(rows)):
         assert rows.num_tokens[index] == len(rows[index].input_ids) <= 16
         assert rows.num_label_tokens[index] == collate([rows[index]], 0).num_label_tokens
-    assert rows.num_tokens.dtype == rows.num_label_tokens.dtype == np.int64
+    assert rows.num_tokens.dtype == rows.num_label_tokens.dtype == np.int32
     assert rows[0].input_ids.dtype == rows[0].labels.dtype == rows[0].document_lengths.dtype == np.int32
 
 
@@ -110,7 +111,8 @@ def test_the_second_time_nothing_is_tokenized(
 ) -> None:
     path = write_jsonl(*PAIRS)
     first = build(path)
-    monkeypatch.setattr(dataset_module, "read_rows", None)
+    monkeypatch.setattr(token_cache, "in_processes", None)
+    monkeypatch.setattr(dataset_module, "pack", None)
     second = build(path)
     assert documents_of(first) == documents_of(second)
     assert np.array_equal(first.num_label_tokens, second.num_label_tokens)
@@ -121,8 +123,6 @@ def test_whatever_changes_the_rows_changes_the_cache_folder(
 ) -> None:
     path = write_jsonl(*PAIRS)
     build(path)
-    build(path, packing=False)
-    build(path, max_length=17)
     build(path, format="prompt_completion")
     build(path, on_bad_row="skip")
     build(path, loss_on="all")
@@ -133,10 +133,10 @@ def test_whatever_changes_the_rows_changes_the_cache_folder(
     tokenizer.chat_template = "{{ messages }}"
     build(path)
     build(write_jsonl(*PAIRS[1:]))
-    assert len(list((tmp_path / "cache").iterdir())) == 10
+    assert len(list((tmp_path / "cache").iterdir())) == 8
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)  # leaves its settings in the tokenizer
     build(path)
-    assert len(list((tmp_path / "cache").iterdir())) == 10
+    assert len(list((tmp_path / "cache").iterdir())) == 8
 
 
 def test_an_error_leaves_nothing_behind(
@@ -144,11 +144,12 @@ def test_an_error_leaves_nothing_behind(
 ) -> None:
     with pytest.raises(UserError, match=r"rows.jsonl:1: not JSON"):
         build(write_jsonl("x"))
-    assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(dataset_module, "pack", lambda *_: [[0], [10_000]])  # fails when the first row is written
-    with pytest.raises(IndexError):
-        build(write_jsonl(*PAIRS))
     assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(dataset_module, "_as_batch", lambda *_: 1 / 0)  # fails when the first rows are written
+    with pytest.raises(ZeroDivisionError):
+        build(write_jsonl(*PAIRS))
+    (documents,) = (tmp_path / "cache").iterdir()
+    assert {path.name for path in documents.iterdir()} == {"documents-000000.arrow", "documents.json"}
 
 
 def test_nothing_to_learn_within_the_length(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
@@ -156,10 +157,30 @@ def test_nothing_to_learn_within_the_length(build: Callable[..., TokenRows], wri
         build(write_jsonl({"prompt": "hello " * 20, "completion": "x"}))
 
 
-def test_rows_are_views_of_the_file(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:
-    row = build(write_jsonl(*PAIRS))[0]
-    assert not row.input_ids.flags.owndata
-    assert not row.input_ids.flags.writeable
+def test_other_lengths_and_packings_tokenize_nothing(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(*PAIRS)
+    first = build(path)
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("documents*")}
+    monkeypatch.setattr(token_cache, "in_processes", None)
+    assert len(build(path, packing=False)) == 6
+    assert build(path, max_length=8).statistics["truncated"] == 1
+    assert build(path, max_length=8, on_long_row="split").statistics["long_split"] == 1
+    assert documents_of(build(path)) == documents_of(first)
+    assert len(list(folder.glob("rows-*"))) == 4
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("documents*")} == before
+
+
+def test_rows_that_were_read_take_no_memory(
+    build: Callable[..., TokenRows], write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    rows = build(write_jsonl(*PAIRS * 500))
+    assert sum(len(rows[index].input_ids) for index in range(len(rows))) == rows.statistics["tokens"]
+    mapped = re.findall(r"(\S+\.arrow)\n(?:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+    resident = {Path(name).name: int(kilobytes) for name, kilobytes in mapped if str(tmp_path) in name}
+    assert resident["documents-000000.arrow"] == 0, resident
 
 
 def test_labels_of_first_tokens_are_ignored(build: Callable[..., TokenRows], write_jsonl: WriteJsonl) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +28,20 @@ def block(*rows: list[tuple[int, int]], first_row: int = 0, token: int = 5) -> R
     return RowBlock(first_row, ids, np.concatenate(labels).astype(np.int32), lengths, num_documents)
 
 
+COUNTS: dict[str, Any] = {
+    "source_rows": 9,
+    "split": 4,
+    "truncated": 1,
+    "long_split": 5,
+    "long_dropped": 6,
+    "dropped": 2,
+    "skipped": 3,
+    "skipped_by_reason": {"not JSON": 3},
+}
+
+
 def count(*blocks: RowBlock) -> Statistics:
-    return statistics(
-        blocks, 10, num_truncated=1, num_dropped=2, num_split=4, skipped_by_reason={"not JSON": 1, "empty text": 2}
-    )
+    return statistics(blocks, 10, COUNTS)
 
 
 def test_numbers_counted_by_hand() -> None:
@@ -38,7 +49,7 @@ def test_numbers_counted_by_hand() -> None:
     assert (found.rows, found.documents, found.tokens, found.label_tokens) == (4, 7, 30, 19)
     assert found.label_share == 19 / 30
     assert found.packing_density == 30 / 40
-    assert (found.truncated, found.dropped, found.skipped) == (1, 2, 3)
+    assert {name: getattr(found, name) for name in COUNTS} == COUNTS
     assert found.document_lengths == [Bin(2, 3, 3), Bin(4, 7, 3), Bin(8, 10, 1)]
     assert found.label_lengths == [Bin(1, 1, 3), Bin(2, 3, 2), Bin(4, 7, 2)]
     assert found.longest == [
@@ -52,7 +63,7 @@ def test_numbers_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("max_length", [8, 15, 16])
 def test_the_last_bin_ends_at_the_longest_possible_document(max_length: int) -> None:
-    found = statistics([block([(8, 1)])], max_length, num_truncated=0, num_dropped=0, num_split=0, skipped_by_reason={})
+    found = statistics([block([(8, 1)])], max_length, COUNTS)
     assert found.document_lengths == [Bin(8, min(15, max_length), 1)]
 
 

@@ -35,7 +35,7 @@ MIDDLE_OF_STEP_3 = {
     "number": signal.SIGTERM,
     "to": 1,
 }
-EVALUATION = {"function": "qvtune.train.loop.evaluate", "number": signal.SIGINT}
+EVALUATION = {"function": "qvtune.train.loop.evaluate_sets", "number": signal.SIGINT}
 TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "terminated": (MIDDLE_OF_STEP_3, {}, 2),
     "terminated-zero2": (MIDDLE_OF_STEP_3, ZERO2, 2),
@@ -44,7 +44,7 @@ TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "terminated-evaluation": ({**EVALUATION, "nth": 2}, {}, 2),
 }
 # Asked before the run folder is opened; rows that no earlier run has tokenized.
-UNSEEN_ROWS = {"data__max_length": 63}
+UNSEEN_ROWS = {"data__loss_on": "all"}
 TERMINATED_EARLY = {
     "terminated-tokenizing": {"function": "qvtune.tasks.causal_lm.tokenize_rows", "nth": 1},
     "terminated-loading": {"function": "qvtune.model.loader._fill_quantized", "nth": 3},
@@ -147,7 +147,7 @@ def two(lab: Lab) -> Results:
         _classifier(lab, "bert", "stopped", **STOP),
         {
             **_train(lab, "killed", train__save_every=3),  # as step 5 begins: two calls a step, and one at the start
-            "signal_at": {"function": "qvtune.train.loop.rows_of_step", "nth": 10, "number": signal.SIGKILL},
+            "signal_at": {"function": "qvtune.data.mixture.rows_of_step", "nth": 10, "number": signal.SIGKILL},
         },
     ]
     results = _launch(lab, "two", 2, jobs, unfinished=["killed"])

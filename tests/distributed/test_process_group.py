@@ -4,6 +4,8 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -241,6 +243,29 @@ def test_once_per_host_the_first_rank_builds_before_the_others(
     monkeypatch.setattr(process_group, "all_gather_object", gather)
     assert process_group.once_per_host(build) == "built"
     assert events == (["build", "meet", "meet"] if local_rank == "0" else ["meet", "build", "meet"])
+
+
+def test_who_waits_for_a_build_is_in_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective would end the run after QVTUNE_TIMEOUT_SECONDS. The other of two ranks arrives late."""
+    store, events = dist.HashStore(), []
+    monkeypatch.setattr(process_group, "_store", lambda: store)
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    monkeypatch.setattr(process_group, "_meetings", iter([7]))
+    monkeypatch.setattr(process_group, "all_gather_object", lambda own: events.append("collective") or [own])
+
+    def wait() -> None:
+        with process_group.raise_on_all_ranks(however_long=True):
+            events.append("built")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while store.add("qvtune/arrived-7", 0) < 1:
+        time.sleep(0.01)
+    thread.join(0.1)
+    assert thread.is_alive() and events == ["built"]
+    store.add("qvtune/arrived-7", 1)
+    thread.join()
+    assert events == ["built", "collective"]
 
 
 def test_once_per_host_raises_what_another_rank_found(monkeypatch: pytest.MonkeyPatch) -> None:

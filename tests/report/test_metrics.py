@@ -69,7 +69,7 @@ def test_tensorboard_gets_steps_and_evaluations(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, first_step=1)
     log.write("run_start", step=0)
     log.write("step", step=1, loss=2.5, lr={"q": 0.125, "v": 0.5})
-    log.write("eval", step=1, loss=2.25)
+    log.write("eval", step=1, loss=2.25, sets={"a": {"loss": 2.25}, "b": {"loss": 3.0}})
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -79,6 +79,8 @@ def test_tensorboard_gets_steps_and_evaluations(tmp_path: Path) -> None:
         "step/lr/q": [(1, 0.125)],
         "step/lr/v": [(1, 0.5)],
         "eval/loss": [(1, 2.25)],
+        "eval/sets/a/loss": [(1, 2.25)],
+        "eval/sets/b/loss": [(1, 3.0)],
     }
 
 

@@ -13,7 +13,7 @@ from qvtune.data.batch import Batch, collate
 from qvtune.data.packing import PackedRow
 from qvtune.tasks.causal_lm import TASK, CausalLMObjective
 from qvtune.train import evaluate as evaluate_module
-from qvtune.train.evaluate import evaluate
+from qvtune.train.evaluate import as_text, evaluate, evaluate_sets
 from tests.support.tiny import make_row
 
 LENGTHS = [(9, 4), (20,), (7, 7, 7), (3,), (12, 5)]
@@ -80,3 +80,21 @@ def test_the_mean_over_all_label_tokens(
         assert metrics == {"loss": own_sums[-1][0] / (own_sums[-1][1] or 1)}
     assert len(own_sums) == num_ranks
     assert sum(loss for loss, _ in own_sums) / sum(count for _, count in own_sums) == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_set_has_a_loss_of_its_own(
+    make_objective: Callable[..., CausalLMObjective], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module.process_group, "sum_over_ranks", lambda *values: list(values))
+    rows: Any = Rows()
+    parts = {"first": rows[:2], "second": rows[2:]}
+    engine = Engine(make_objective())
+    found, seconds = evaluate_sets(engine, TASK, parts, 1, 0, lambda: None)
+    assert found == {name: evaluate(engine, TASK, part, 1, 0)[0] for name, part in parts.items()}
+    assert list(found) == ["first", "second"] and found["first"] != found["second"]
+    assert seconds > 0
+
+
+def test_the_sets_in_one_line() -> None:
+    assert as_text({"eval": {"loss": 1.25, "accuracy": 0.5}}) == "loss 1.2500, accuracy 0.5000"
+    assert as_text({"a": {"loss": 1.25}, "b": {"loss": 2.0}}) == "a: loss 1.2500; b: loss 2.0000"

@@ -94,16 +94,47 @@ def test_all_problems_of_settings_model_and_data_are_one_message(tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_sources_that_nothing_reads_yet_are_refused(make_config: MakeConfig) -> None:
-    config = make_config()
-    source = {"path": config.data.train, "weight": 2}
-    data = {**config.data.model_dump(), "train": [source, config.data.train], "eval": {"one": config.data.train}}
+def test_a_weighted_mixture_and_named_evaluation_sets(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each source is in the plan with its share; an epoch has as many rows as all sources together."""
+    rows = [{"prompt": f"what {index}", "completion": " it does"} for index in range(12)]
+    for name, size in (("a", 12), ("b", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:size]))
+    data = {
+        "train": [{"path": str(tmp_path / "a.jsonl"), "weight": 1}, {"path": str(tmp_path / "b.jsonl"), "weight": 3}],
+        "eval": {"first": str(tmp_path / "b.jsonl"), "second": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]},
+        "packing": False,
+        "max_length": 32,
+    }
+    config = make_config(data=data, train={"epochs": 2, "global_batch_size": 4})
+    plan = preflight(config, world_size=1, on_gpus=False)
+    assert (plan.max_steps, len(plan.rows)) == (8, 15)
+    visited = [row for step in range(plan.max_steps) for row in plan.order.of_step(step, 4).tolist()]
+    assert sum(row >= 12 for row in visited) == 24
+    assert {name: len(one) for name, one in plan.eval_sets.items()} == {"first": 3, "second": 15}
+    found = plan.data_statistics
+    assert list(found) == ["data.train", "data.eval.first", "data.eval.second"]
+    assert [(one["weight"], one["rows"], one["passes"]) for one in found["data.train"]["sources"]] == [
+        (1, 12, 8 / 12),
+        (3, 3, 24 / 3),
+    ]
+    assert json.loads(json.dumps(found)) == found
+    lines = capsys.readouterr().out.splitlines()
+    assert f"data.train:   {tmp_path / 'b.jsonl'}: 3 rows, weight 3, 8.00 passes" in lines
+    assert f"data.eval.second:   {tmp_path / 'a.jsonl'}: 12 rows" in lines
+
+
+def test_bad_rows_of_all_sources_are_one_message(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "bad.jsonl").write_text("x\n")
+    (tmp_path / "worse.jsonl").write_text("y\n")
+    good, bad, worse = (str(tmp_path / f"{name}.jsonl") for name in ("rows", "bad", "worse"))
+    config = make_config(data={"train": [bad, good], "eval": {"one": good, "two": worse}})
     with pytest.raises(UserError) as raised:
-        preflight(make_config(data=data), world_size=1, on_gpus=False)
-    assert raised.value.problems == (
-        "data.train: several sources cannot be read yet; give one",
-        "data.train: `weight` of a source has no effect yet; leave it out",
-    )
+        preflight(config, world_size=1, on_gpus=False)
+    named = [problem for problem in raised.value.problems if "not JSON" in problem]
+    assert [problem.partition(":1:")[0] for problem in named] == [f"data.train: {bad}", f"data.eval.two: {worse}"]
+    assert [problem for problem in find_problems(config, world_size=1) if "not JSON" in problem] == named
 
 
 @pytest.mark.parametrize("on_gpus", [True, False])

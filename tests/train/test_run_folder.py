@@ -23,8 +23,8 @@ def config(run_dir: Path, **sections: Any) -> RunConfig:
     return RunConfig.model_validate({"run_dir": str(run_dir), "train": {"max_steps": 4}, **sections})
 
 
-def write_checkpoint(made_with: RunConfig, step: int) -> Path:
-    trainer = TrainerState(step=step, trajectory=trajectory_settings(made_with))
+def write_checkpoint(made_with: RunConfig, step: int, trajectory: dict[str, Any] | None = None) -> Path:
+    trainer = TrainerState(step=step, trajectory=trajectory or trajectory_settings(made_with))
     checkpoints = Path(made_with.run_dir) / "checkpoints"
     checkpoint_folder.write(checkpoints, step, lambda folder: write_json(folder / "trainer_state.json", vars(trainer)))
     return step_folder(checkpoints, step)
@@ -109,6 +109,33 @@ def test_what_does_not_decide_the_losses_may_change(tmp_path: Path) -> None:
         train={"epochs": 2, "micro_batch_size": 2, "eval_every": 5, "save_every": 5, "activation_checkpointing": True},
     )
     assert find_resume(changed) == step_folder(run_dir / "checkpoints", 2)
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(tmp_path: Path) -> None:
+    """A run that was begun by a version without the setting goes on, unless it is now something else."""
+    old = config(tmp_path / "run")
+    trajectory = trajectory_settings(old)
+    del trajectory["data"]["on_long_row"], trajectory["optimizer"]["eps"]
+    checkpoint = write_checkpoint(old, 2, trajectory)
+    assert find_resume(old) == checkpoint
+    with pytest.raises(UserError) as caught:
+        find_resume(config(tmp_path / "run", data={"on_long_row": "split"}, optimizer={"eps": 1e-6}))
+    assert list(caught.value.problems[:-1]) == [
+        "data.on_long_row: 'split' now, 'cut' in the checkpoint",
+        "optimizer.eps: 1e-06 now, 1e-08 in the checkpoint",
+    ]
+
+
+def test_other_weights_of_the_sources_are_refused(tmp_path: Path) -> None:
+    def mixture(*weights: float, **settings: Any) -> RunConfig:
+        sources = [{"path": f"{index}.jsonl", "weight": weight} for index, weight in enumerate(weights)]
+        return config(tmp_path / "run", data={"train": sources, **settings})
+
+    checkpoint = write_checkpoint(mixture(0.5, 0.5), 2)
+    assert find_resume(mixture(0.5, 0.5, num_workers=7)) == checkpoint
+    with pytest.raises(UserError) as caught:
+        find_resume(mixture(0.6, 0.5))
+    assert caught.value.problems[0] == "data.train.0.weight: 0.6 now, 0.5 in the checkpoint"
 
 
 def test_every_other_setting_decides() -> None:
@@ -210,6 +237,16 @@ def test_other_training_rows_are_refused_with_what_is_different(tmp_path: Path) 
     assert "(rows 4, was 3; crc32 0b, was 0a)" in problem and "checkpoint.resume=never" in problem
 
 
+def test_other_weights_and_rows_of_a_source_are_refused(tmp_path: Path) -> None:
+    sources = [{"source": name, "weight": 1.0, "crc32": "0a", "passes": 2.0} for name in ("a", "b")]
+    before = {"data.train": {"source": ["a", "b"], "rows": 3, "sources": sources}}
+    write_json(tmp_path / "data.json", before)
+    require_same_rows(tmp_path, before)
+    now = [{**sources[0], "passes": 3.0}, {**sources[1], "weight": 2.0, "crc32": "0b"}]
+    with pytest.raises(UserError, match=r"\(weight of b 2\.0, was 1\.0; crc32 of b 0b, was 0a\)"):
+        require_same_rows(tmp_path, {"data.train": {**before["data.train"], "sources": now}})
+
+
 def test_what_an_earlier_start_has_not_recorded_is_not_compared(tmp_path: Path) -> None:
     """A run of a version that wrote no file, or fewer fields."""
     require_same_rows(tmp_path, TRAINED)
@@ -221,7 +258,7 @@ def test_other_evaluation_rows_are_said_and_recorded(tmp_path: Path, capsys: pyt
     run = config(tmp_path / "run")
     write_checkpoint(run, 2)
     for rows in (5, 6):
-        open_run_folder(run, {}, {**TRAINED, "data.eval": {"rows": rows}})
+        open_run_folder(run, {}, {**TRAINED, "data.eval": {"rows": rows}, "data.eval.same": {"rows": 7}})
     assert capsys.readouterr().out == "data.eval: other rows than at the run's last start (rows 6, was 5)\n"
     assert json.loads((tmp_path / "run/data.json").read_text())["data.eval"] == {"rows": 6}
 

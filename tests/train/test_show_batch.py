@@ -100,6 +100,21 @@ def test_the_statistics_of_all_data_sets_are_shown(
     )
 
 
+def test_rows_and_passes_of_each_source_are_shown(
+    tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"prompt": "few", "completion": "it does"}\n')
+    sources = [{"path": str(tmp_path / "rows.jsonl"), "weight": 1}, {"path": str(tmp_path / "few.jsonl"), "weight": 2}]
+    config = make_config(tmp_path, llama_folder, train=sources)
+    text = shown(config, 3, capsys)
+    assert text.count("few") > 2, "two of the first three rows"
+    lines = [re.split("  +", line.strip()) for line in text.partition("data.train: sources")[2].splitlines()]
+    num_rows = len(load_data(config).rows["data.train"]) - 1
+    assert lines[1] == ["source", "rows", "documents", "tokens", "weight", "passes"]
+    assert [lines[2][1], *lines[2][4:]] == [str(num_rows), "1", f"{6 / num_rows:.3g}"]
+    assert [lines[3][1], *lines[3][4:]] == ["1", "2", "12"]  # 9 steps of 2 rows, two thirds of them
+
+
 def test_nothing_is_written_but_the_cache(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from qvtune.config.section import Integer, Positive, PositiveNumber, Section
@@ -41,7 +41,11 @@ class SourceSection(Section):
     streaming: bool = Field(
         default=False, description="read a hub data set without a copy of its files on the disk; tokens are kept anyway"
     )
-    weight: PositiveNumber = Field(default=1.0, description="share of the rows, relative to the other sources' weights")
+    weight: PositiveNumber | None = Field(
+        default=None,
+        description="share of the rows that are trained on, relative to the other sources' weights; none (in all "
+        "sources) = each row once per epoch",
+    )
     max_rows: Positive | None = Field(default=None, description="read only so many rows, from the first on")
     format: RowFormat | None = Field(default=None, description="format of the rows; none = data.format")
     columns: dict[ColumnName, Column] = Field(
@@ -117,10 +121,34 @@ class DataSection(Section):
     )
     max_length: Annotated[Integer, Field(ge=8)] = Field(default=1024, description="tokens per row")
     packing: bool = Field(default=True, description="several documents per row; each attends only to itself")
+    on_long_row: Literal["cut", "split", "drop"] = Field(
+        default="cut",
+        description="a document of more than max_length tokens: cut = its first max_length; split = several documents; "
+        "drop = leave it out; all are counted. Rows of text are always split",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
         description="a row that cannot be used: error = refuse the data; skip = leave it out and log the number",
     )
+    num_workers: Positive | None = Field(
+        default=None, description="processes that tokenize; none = one for each core that the process may run on"
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _all_weights_or_none(cls, train: Any) -> Any:
+        weighted = [source.weight is not None for source in _listed(train)]
+        if any(weighted) and not all(weighted):
+            raise PydanticCustomError("some_weights", "must have a `weight` for each source, or for none")
+        return train
+
+    @field_validator("eval")
+    @classmethod
+    def _no_weights(cls, sets: Any) -> Any:
+        sources = [source for one in (sets.values() if isinstance(sets, dict) else [sets]) for source in _listed(one)]
+        if any(source.weight is not None for source in sources):
+            raise PydanticCustomError("eval_weight", "must have no `weight`: each row is used once")
+        return sets
 
     @property
     def train_sources(self) -> tuple[SourceSection, ...]:
@@ -136,8 +164,6 @@ class DataSection(Section):
         return {name: self._resolved(sources, "eval") for name, sources in sets.items()}
 
     def _resolved(self, sources: Any, split_of_demo: str) -> tuple[SourceSection, ...]:
-        listed = sources if isinstance(sources, tuple) else (sources,)
-        found = (SourceSection(path=one) if isinstance(one, str) else one for one in listed)
         return tuple(
             one.model_copy(
                 update={
@@ -146,5 +172,11 @@ class DataSection(Section):
                     "split": one.split or (split_of_demo if one.path == "demo" else None),
                 }
             )
-            for one in found
+            for one in _listed(sources)
         )
+
+
+def _listed(sources: Any) -> list[SourceSection]:
+    """All that may be written for sources, as a list."""
+    listed = () if sources is None else sources if isinstance(sources, tuple) else (sources,)
+    return [SourceSection(path=one) if isinstance(one, str) else one for one in listed]

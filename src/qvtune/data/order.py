@@ -6,18 +6,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@lru_cache(maxsize=2)  # a step that crosses an epoch's end needs two
-def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the permutation of ``range(num_rows)`` that ``epoch`` visits, read-only.
+def permutation(num_rows: int, *entropy: int) -> NDArray[np.int64]:
+    """Return a permutation of ``range(num_rows)``, read-only: the same for the same ``entropy``.
 
     Sorts random 64-bit keys rather than calling ``Generator.permutation``: NumPy promises stable streams across
     versions for bit generators only (NEP 19), and a resumed run must see the same order.
     """
     assert num_rows > 0
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    keys = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(num_rows)
     order = np.argsort(keys, kind="stable").astype(np.int64, copy=False)
     order.flags.writeable = False
     return order
+
+
+@lru_cache(maxsize=2)  # a step that crosses an epoch's end needs two
+def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the permutation of ``range(num_rows)`` that ``epoch`` visits."""
+    return permutation(num_rows, seed, epoch)
 
 
 def rows_of_step(step: int, global_batch_size: int, num_rows: int, seed: int) -> NDArray[np.int64]:

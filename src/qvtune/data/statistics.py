@@ -1,8 +1,10 @@
 """A data set in numbers: for people, and to notice that a run is resumed on other rows."""
 
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +55,14 @@ class Statistics:
         rows, documents, tokens, label_tokens: how many. Label tokens are the ones that have a loss.
         label_share: label_tokens / tokens.
         packing_density: tokens / (rows * max_length); the rest is padding where all rows have the same length.
-        truncated: documents that were truncated to max_length.
-        dropped: documents that were left out because they have no label within max_length.
+        source_rows: good rows of the source.
         split: conversations that are several documents, because the chat template changes earlier turns.
+        truncated: documents that were truncated to max_length.
+        long_split: documents that were divided, because they were longer than max_length.
+        long_dropped: documents that were left out, because they were longer than max_length.
+        dropped: documents that were left out because they have no label within max_length.
         skipped: bad rows of the source that were left out.
-        skipped_by_reason: the same for each kind of reason.
+        skipped_by_reason: the same by the kind of reason.
         document_lengths: histogram of the documents' tokens; the bins' borders are powers of 2.
         label_lengths: the same of their label tokens.
         longest: at most NUM_LONGEST documents, the longest first.
@@ -70,9 +75,12 @@ class Statistics:
     label_tokens: int
     label_share: float
     packing_density: float
-    truncated: int
-    dropped: int
+    source_rows: int
     split: int
+    truncated: int
+    long_split: int
+    long_dropped: int
+    dropped: int
     skipped: int
     skipped_by_reason: dict[str, int]
     document_lengths: list[Bin]
@@ -81,16 +89,11 @@ class Statistics:
     crc32: str
 
 
-def statistics(
-    blocks: Iterable[RowBlock],
-    max_length: int,
-    *,
-    num_truncated: int,
-    num_dropped: int,
-    num_split: int,
-    skipped_by_reason: dict[str, int],
-) -> Statistics:
-    """Count everything in one pass, in bounded memory. At least one row; none has more than ``max_length`` tokens."""
+def statistics(blocks: Iterable[RowBlock], max_length: int, counts: Mapping[str, Any]) -> Statistics:
+    """Count everything in one pass, in bounded memory. At least one row; none has more than ``max_length`` tokens.
+
+    ``counts`` are the fields, from ``source_rows`` to ``skipped_by_reason``, that packed rows do not show.
+    """
     lengths, label_lengths = np.zeros((2, max_length + 1), np.int64)
     longest: list[LongDocument] = []
     rows = checksum = 0
@@ -111,11 +114,7 @@ def statistics(
         label_tokens=label_tokens,
         label_share=label_tokens / tokens,
         packing_density=tokens / (rows * max_length),
-        truncated=num_truncated,
-        dropped=num_dropped,
-        split=num_split,
-        skipped=sum(skipped_by_reason.values()),
-        skipped_by_reason=skipped_by_reason,
+        **counts,
         document_lengths=_bins(lengths),
         label_lengths=_bins(label_lengths),
         longest=longest,
@@ -151,3 +150,43 @@ def _bins(counts: NDArray[np.int64]) -> list[Bin]:
     filled = np.flatnonzero(documents)
     kept = slice(filled[0], filled[-1] + 1)
     return [Bin(*values) for values in zip(borders[kept], largest[kept], documents[kept].tolist(), strict=True)]
+
+
+def combined(sources: Sequence[Mapping[str, Any]], max_length: int) -> dict[str, Any]:
+    """The statistics of several sources together, one source's rows after another's, all as plain JSON values.
+
+    ``crc32`` is a checksum of those of the sources.
+    """
+    if len(sources) == 1:
+        return dict(sources[0])
+    found: dict[str, Any] = {
+        name: sum(one[name] for one in sources) for name in sources[0] if isinstance(sources[0][name], int)
+    }
+    first_rows = np.cumsum([0, *(one["rows"] for one in sources)]).tolist()
+    longest = [
+        {**document, "row": first_row + document["row"]}
+        for first_row, one in zip(first_rows, sources, strict=False)
+        for document in one["longest"]
+    ]
+    reasons = sum((Counter(one["skipped_by_reason"]) for one in sources), Counter())
+    return found | {
+        "label_share": found["label_tokens"] / found["tokens"],
+        "packing_density": found["tokens"] / (found["rows"] * max_length),
+        "skipped_by_reason": dict(reasons),
+        "document_lengths": _added([one["document_lengths"] for one in sources]),
+        "label_lengths": _added([one["label_lengths"] for one in sources]),
+        "longest": sorted(longest, key=lambda document: -document["tokens"])[:NUM_LONGEST],
+        "crc32": f"{zlib.crc32(' '.join(one['crc32'] for one in sources).encode()):08x}",
+    }
+
+
+def _added(histograms: Sequence[Sequence[Mapping[str, int]]]) -> list[dict[str, int]]:
+    """Bins of equal borders; from the first with a document to the last."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for histogram in histograms:
+        for one in histogram:
+            counts[one["min_tokens"], one["max_tokens"]] += one["documents"]
+    return [
+        {"min_tokens": smallest, "max_tokens": largest, "documents": counts[smallest, largest]}
+        for smallest, largest in sorted(counts)
+    ]

@@ -3,7 +3,9 @@
 ``deepspeed``, torchrun and ``srun`` set these variables; without them (plain ``python``) there is one rank.
 """
 
+import itertools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ from qvtune.errors import StopRequested, UserError
 from qvtune.system import heavy_imports
 
 Value = TypeVar("Value")
+
+_POLL_SECONDS = 0.5  # between requests to the store of rank 0
+_meetings = itertools.count()  # equal on all ranks, which wait for each other equally often
 
 
 def start() -> None:
@@ -216,10 +221,11 @@ def broadcast_object(value: Any) -> Any:
 
 
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
+def raise_on_all_ranks(*, however_long: bool = False) -> Iterator[None]:
     """Raise a UserError or StopRequested of any rank inside the block on all ranks, so that none waits for another.
 
     No collectives inside: a rank with an error would not take part in them. Any other exception propagates at once.
+    ``however_long``: the block may take longer than a collective waits.
     """
     own: tuple[str, ...] = ()
     stop = None
@@ -229,12 +235,24 @@ def raise_on_all_ranks() -> Iterator[None]:
         own = error.problems
     except StopRequested as request:
         stop = str(request)
+    if however_long:
+        _await_all_ranks()
     reports = all_gather_object((own, stop))
     problems = list(dict.fromkeys(problem for report, _ in reports for problem in report))
     if problems:
         raise UserError(problems)
     if stops := [text for _, text in reports if text is not None]:
         raise StopRequested(stops[0])
+
+
+def _await_all_ranks() -> None:
+    """Wait without a collective, which would end the run after QVTUNE_TIMEOUT_SECONDS."""
+    if world_size() > 1:
+        name, seconds = f"qvtune/arrived-{next(_meetings)}", 0.01
+        _store().add(name, 1)
+        while _store().add(name, 0) < world_size():
+            time.sleep(seconds)
+            seconds = min(2 * seconds, _POLL_SECONDS)
 
 
 def on_main(build: Callable[[], Value]) -> Value:
@@ -253,7 +271,7 @@ def once_per_host(build: Callable[[], Value]) -> Value:
     A UserError or StopRequested of one rank is raised on all ranks; no collectives inside.
     """
     for first in (True, False):
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(however_long=True):
             if (local_rank() == 0) is first:
                 value = build()
     return value

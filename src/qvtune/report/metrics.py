@@ -30,15 +30,15 @@ class MetricsLog:
         self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
         self._file.flush()
         if event in ("step", "eval"):
-            self._to_board(event, fields)
+            self._to_board(event, fields, fields["step"])
 
-    def _to_board(self, event: str, fields: dict[str, Any]) -> None:
-        step = fields["step"]
+    def _to_board(self, event: str, fields: dict[str, Any], step: int) -> None:
+        """Entries of a mapping, however deep, by their path: eval/sets/NAME/loss."""
         for key, value in fields.items():
-            for name, scalar in value.items() if isinstance(value, dict) else [("", value)]:
-                if key != "step":
-                    tag = f"{event}/{key}/{name}".rstrip("/")
-                    self._board.add_scalar(tag, scalar, step)
+            if isinstance(value, dict):
+                self._to_board(f"{event}/{key}", value, step)
+            elif key != "step":
+                self._board.add_scalar(f"{event}/{key}", value, step)
 
     def close(self) -> None:
         """Flush and close metrics.jsonl and TensorBoard."""

@@ -13,7 +13,7 @@ from qvtune.config.data import LossOn
 from qvtune.config.schema import ClassificationSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
-from qvtune.data.dataset import TokenRows
+from qvtune.data.mixture import Rows
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document, tokenize_rows
@@ -29,6 +29,7 @@ class CausalLM(Task):
     """Cross entropy of the label tokens; the best checkpoint is the one with the lowest evaluation loss."""
 
     name = cache_key = "causal_lm"
+    truncates = False
     needs_labels = False
     peft_task_type = "CAUSAL_LM"
     metric = "loss"
@@ -38,7 +39,7 @@ class CausalLM(Task):
         """None: the labels are tokens."""
         return ()
 
-    def head(self, seed: int, rows: TokenRows | None = None) -> None:
+    def head(self, seed: int, rows: Rows | None = None) -> None:
         """None: a language model has its head."""
 
     def model_problems(self, config: Any, max_length: int) -> list[str]:

@@ -15,7 +15,7 @@ from qvtune.config.data import LossOn
 from qvtune.config.schema import ClassificationSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate, padding_token
-from qvtune.data.dataset import TokenRows
+from qvtune.data.mixture import Rows
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, LabelledRow, Row
 from qvtune.data.tokenize import Document
@@ -34,6 +34,7 @@ class SequenceClassification(Task):
     """Mean cross entropy, or squared error, of the documents; the head is transformers' own."""
 
     name = "sequence_classification"
+    truncates = True
     peft_task_type = "SEQ_CLS"
 
     def __init__(self, settings: ClassificationSection) -> None:
@@ -56,7 +57,7 @@ class SequenceClassification(Task):
             )
         return found
 
-    def head(self, seed: int, rows: TokenRows | None = None) -> HeadSettings:
+    def head(self, seed: int, rows: Rows | None = None) -> HeadSettings:
         """As ``Task``; without labels, which are known after the rows have been read, one for two classes."""
         if not self.is_regression:
             return HeadSettings(self.settings.labels or ("0", "1"), seed)
@@ -248,7 +249,7 @@ def _document_mask(inner: Any, batch: Batch) -> Any:
     return mask
 
 
-def _encoded_labels(rows: TokenRows) -> np.ndarray:
+def _encoded_labels(rows: Rows) -> np.ndarray:
     labels = np.concatenate([rows[index].labels for index in range(len(rows))])
     encoded: np.ndarray = labels[labels != IGNORE_INDEX]
     return encoded

@@ -8,7 +8,7 @@ from torch import nn
 
 from qvtune.config.data import LossOn
 from qvtune.data.batch import Batch
-from qvtune.data.dataset import TokenRows
+from qvtune.data.mixture import Rows
 from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document
@@ -22,6 +22,7 @@ class Task(Protocol):
     Attributes:
         name: as in ``task: NAME`` of a recipe, and of the module that defines the task.
         cache_key: everything of the task that decides tokens and labels of a row.
+        truncates: whether what ``tokenize`` returns depends on ``max_length``.
         needs_labels: whether ``classification.labels`` must be completed by ``labels_of`` before rows are tokenized.
         peft_task_type: PEFT's TaskType, which is saved in adapter_config.json.
         metric: the key of ``evaluate`` that decides which checkpoint is the best.
@@ -30,6 +31,7 @@ class Task(Protocol):
 
     name: str
     cache_key: str
+    truncates: bool
     needs_labels: bool
     peft_task_type: str
     metric: str
@@ -40,7 +42,7 @@ class Task(Protocol):
         """The labels of training rows; the same on all ranks. Raises UserError where they cannot be those of a task."""
 
     @abstractmethod
-    def head(self, seed: int, rows: TokenRows | None = None) -> HeadSettings | None:
+    def head(self, seed: int, rows: Rows | None = None) -> HeadSettings | None:
         """The head that the model gets, new values from ``seed`` and training ``rows``; None where it has its own."""
 
     @abstractmethod
@@ -54,7 +56,8 @@ class Task(Protocol):
     ) -> list[list[Document] | BadRowError]:
         """Tokens and labels of the documents of each row; BadRowError for a row that cannot be used.
 
-        What is longer than ``max_length`` tokens is cut there afterwards, unless the task does it in a better place.
+        What is longer than ``max_length`` tokens is treated as ``data.on_long_row`` says afterwards, unless the task
+        truncates it in a better place.
         Raises UserError where tokenizer, ``data.loss_on`` and rows do not go together.
         """
 

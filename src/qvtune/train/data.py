@@ -1,14 +1,16 @@
 """The data sets of a run: read, tokenized and described, in the same way for training and for a look at them."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qvtune.config.data import DataSection, SourceSection
+from qvtune.config.data import SourceSection
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
+from qvtune.data.mixture import JoinedRows, RowOrder, Rows
 from qvtune.data.rows import BadRows, Row
 from qvtune.data.sources.source import HUB, open_source, read_rows
 from qvtune.errors import UserError, naming_setting
@@ -27,10 +29,10 @@ BASE = "model.name_or_path"
 
 @dataclass(frozen=True)
 class RunData:
-    """The tokenizer of a run, and its rows by setting: ``data.train`` and, where it is set, ``data.eval``."""
+    """The tokenizer of a run, and its rows by setting: ``data.train`` and those of ``data_sets`` for evaluation."""
 
     tokenizer: Any
-    rows: dict[str, TokenRows]
+    rows: dict[str, Rows]
 
 
 def load_data(config: RunConfig) -> RunData:
@@ -83,55 +85,54 @@ def _labels(task: Task, config: RunConfig) -> tuple[str, ...]:
 
 def _training_rows(config: RunConfig) -> Iterator[Row]:
     for source in config.data.train_sources:
-        bad = BadRows(source.path, config.data.on_bad_row)
-        rows = list(read_rows(open_source(source), bad))
-        bad.check(len(rows))
-        yield from rows
+        bad, num_good = BadRows(source.path, config.data.on_bad_row), 0
+        for row in read_rows(open_source(source), bad):
+            num_good += 1
+            yield row
+        bad.check(num_good)
 
 
 def token_rows(
     config: RunConfig, tokenizer: Any, checks: Checks, poll: Poll = lambda: None, poll_alone: Poll = lambda: None
-) -> dict[str, TokenRows]:
+) -> dict[str, Rows]:
     """Setting -> its rows, without those that are a problem.
 
     Without a tokenizer, or the labels that a task needs, rows are only read: they can be bad.
 
     ``poll``, ``poll_alone``: as those of ``preflight``.
     """
-    found: dict[str, TokenRows] = {}
-    checks.run(partial(_refuse_what_has_no_effect, config.data))
-    for setting, source in sources(config):
-        poll()
-        if tokenizer is None or get_task(config.task, config.classification).needs_labels:
-            checks.run(partial(check_rows, setting, source, config))
-            continue
-        rows = checks.run_once_per_host(partial(_token_rows, setting, source, config, tokenizer, poll_alone))
-        if rows is not None:
-            found[setting] = rows
+    found: dict[str, Rows] = {}
+    for setting, sources in data_sets(config).items():
+        parts = []
+        for source in sources:
+            poll()
+            if tokenizer is None or get_task(config.task, config.classification).needs_labels:
+                checks.run(partial(check_rows, setting, source, config))
+            else:
+                parts.append(
+                    checks.run_once_per_host(partial(_token_rows, setting, source, config, tokenizer, poll_alone))
+                )
+        complete = [part for part in parts if part is not None]
+        if len(complete) == len(sources):
+            found[setting] = complete[0] if len(sources) == 1 else JoinedRows(complete, config.data.max_length)
     return found
 
 
-def sources(config: RunConfig) -> list[tuple[str, SourceSection]]:
-    """Setting and value of each data set of the run."""
-    first_of_eval = [sources[0] for sources in config.data.eval_sets.values()][:1]
-    return [(TRAIN, config.data.train_sources[0]), *((EVAL, source) for source in first_of_eval)]
+def data_sets(config: RunConfig) -> dict[str, tuple[SourceSection, ...]]:
+    """Setting -> sources of each data set of the run; evaluation sets that have names are ``data.eval.NAME``."""
+    named = isinstance(config.data.eval, dict)
+    sets = config.data.eval_sets.items()
+    return {TRAIN: config.data.train_sources, **{f"{EVAL}.{name}" if named else EVAL: one for name, one in sets}}
 
 
-def _refuse_what_has_no_effect(data: DataSection) -> None:
-    """Raises UserError with the settings of sources that nothing reads yet."""
-    problems = []
-    for setting, sets in ((TRAIN, {"": data.train_sources}), (EVAL, data.eval_sets)):
-        if len(sets) > 1 or any(len(sources) > 1 for sources in sets.values()):
-            problems.append(f"{setting}: several sources cannot be read yet; give one")
-        for source in (source for sources in sets.values() for source in sources):
-            if source.weight != 1:
-                problems.append(f"{setting}: `weight` of a source has no effect yet; leave it out")
-    if problems:
-        raise UserError(problems)
+def eval_sets(config: RunConfig, rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """Name -> rows of each evaluation set; one without a name is called ``eval``."""
+    settings = [setting for setting in data_sets(config) if setting != TRAIN]
+    return {name: rows[setting] for name, setting in zip(config.data.eval_sets, settings, strict=True)}
 
 
 def check_rows(setting: str, source: SourceSection, config: RunConfig, max_rows: int | None = None) -> None:
-    """Read a data set, or its first rows, without tokenizing it. Raises UserError where rows are bad.
+    """Read a source, or its first rows, without tokenizing it. Raises UserError where rows are bad.
 
     For its first rows a data set of the hub is not downloaded: it is not checked then.
     """
@@ -144,27 +145,67 @@ def check_rows(setting: str, source: SourceSection, config: RunConfig, max_rows:
         bad.check(num_good)
 
 
-def data_statistics(config: RunConfig, rows: Mapping[str, TokenRows]) -> dict[str, Any]:
-    """Setting -> source and ``Statistics`` of its rows, as plain JSON values: the content of ``run_dir/data.json``."""
-    return {
-        setting: {"source": source.path, **rows[setting].statistics}
-        for setting, source in sources(config)
-        if setting in rows
-    }
+def row_order(config: RunConfig, rows: Rows) -> RowOrder:
+    """The order in which the run visits the rows of ``data.train``."""
+    weights = [source.weight for source in config.data.train_sources if source.weight is not None]
+    return RowOrder([len(part) for part in _parts(rows)], weights, config.train.seed)
 
 
-def describe(statistics: Mapping[str, Any]) -> str:
-    """A data set in one line."""
+def max_steps(config: RunConfig, rows: Rows) -> int:
+    """Optimizer steps of the run. An epoch has as many rows as all sources together."""
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    assert train.epochs is not None
+    return max(1, math.ceil(train.epochs * len(rows) / train.global_batch_size))
+
+
+def data_statistics(config: RunConfig, rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """Setting -> source and ``Statistics`` of its rows, as plain JSON values: the content of ``run_dir/data.json``.
+
+    Where there are several sources, their own are under ``sources``. ``passes``: how often the run visits all rows of a
+    source.
+    """
+    found = {}
+    for setting, sources in data_sets(config).items():
+        if setting not in rows:
+            continue
+        of_sources = zip(sources, _parts(rows[setting]), strict=True)
+        parts = [{"source": source.path, **part.statistics} for source, part in of_sources]
+        if setting == TRAIN:
+            num_visited = max_steps(config, rows[TRAIN]) * config.train.global_batch_size
+            passes = row_order(config, rows[TRAIN]).passes(num_visited)
+            for source, part, value in zip(sources, parts, passes, strict=True):
+                part |= {"passes": value} if source.weight is None else {"passes": value, "weight": source.weight}
+        joined = {"source": [source.path for source in sources], **rows[setting].statistics, "sources": parts}
+        found[setting] = parts[0] if len(parts) == 1 else joined
+    return found
+
+
+def describe(statistics: Mapping[str, Any]) -> list[str]:
+    """A data set in one line, and one for each of its sources where there are several."""
     text = "{documents} documents in {rows} rows, {tokens} tokens".format_map(statistics)
     reasons = ", ".join(f"{count} {reason}" for reason, count in statistics["skipped_by_reason"].items())
     for name, what in (
         ("skipped", f"bad rows skipped (data.on_bad_row): {reasons}"),
         ("split", "conversations divided into one document per answer: the chat template changes earlier turns"),
         ("truncated", "documents truncated to data.max_length"),
+        ("long_split", "documents divided: longer than data.max_length"),
+        ("long_dropped", "documents left out: longer than data.max_length (data.on_long_row)"),
         ("dropped", "documents dropped: no label token within data.max_length"),
     ):
         text += f"; {statistics[name]} {what}" if statistics[name] else ""
-    return text
+    lines = [text]
+    for one in statistics.get("sources", ()):
+        lines.append(f"  {one['source']}: {one['rows']} rows")
+        lines[-1] += f", weight {one['weight']:g}" if "weight" in one else ""
+        lines[-1] += f", {one['passes']:.2f} passes" if "passes" in one else ""
+    return lines
+
+
+def _parts(rows: Rows) -> Sequence[Rows]:
+    """Of each source."""
+    return rows.sources if isinstance(rows, JoinedRows) else [rows]
 
 
 def _token_rows(setting: str, source: SourceSection, config: RunConfig, tokenizer: Any, poll: Poll) -> TokenRows:

@@ -13,7 +13,6 @@ from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.engine import gather_state
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch
-from qvtune.data.order import rows_of_step
 from qvtune.distributed import process_group
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
@@ -21,7 +20,7 @@ from qvtune.optim.schedule import multiplier
 from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
 from qvtune.system import peak_rss_bytes
-from qvtune.train.evaluate import evaluate
+from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
 
@@ -59,7 +58,7 @@ def train(config: RunConfig) -> int:
             while state.step < last_step:
                 started = time.monotonic()
                 lr = _set_learning_rates(engine, state.step, max_steps, config)
-                row_ids = rows_of_step(state.step, settings.global_batch_size, len(rows), settings.seed)
+                row_ids = run.plan.order.of_step(state.step, settings.global_batch_size)
                 tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
                 loss, grad_norm = _optimizer_step(run, config, stop, label_tokens)
 
@@ -153,7 +152,7 @@ def _require_finite(what: str, value: float, step: int) -> None:
 def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
     """This rank's micro-batches of an optimizer step: ranks take turns in the global order of rows."""
     rows, size, world_size = run.plan.rows, config.train.micro_batch_size, process_group.world_size()
-    row_ids = rows_of_step(step, config.train.global_batch_size, len(rows), config.train.seed)
+    row_ids = run.plan.order.of_step(step, config.train.global_batch_size)
     for start in range(process_group.rank() * size, len(row_ids), world_size * size):
         batch = run.plan.task.collate([rows[int(row)] for row in row_ids[start : start + size]], run.plan.pad_token_id)
         yield batch.to(run.engine.device)
@@ -161,16 +160,16 @@ def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
 
 def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
     """Before the first step, after the last, and every ``eval_every`` steps; or where that was interrupted."""
-    state, rows = run.state, run.plan.eval_rows
-    is_due = state.step in (0, run.plan.max_steps) or _due(state.step, config.train.eval_every)
-    if rows is None or not is_due or state.step in state.evaluations:
+    state, plan = run.state, run.plan
+    is_due = state.step in (0, plan.max_steps) or _due(state.step, config.train.eval_every)
+    if not plan.eval_sets or not is_due or state.step in state.evaluations:
         return
-    plan, micro_batch_size = run.plan, config.train.micro_batch_size
-    metrics, seconds = evaluate(run.engine, plan.task, rows, micro_batch_size, plan.pad_token_id, stop.poll)
-    state.evaluations[state.step] = metrics
-    values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    display.say(f"step {state.step}: evaluation {values} ({seconds:.1f} s)")
-    record("eval", step=state.step, **metrics, seconds=seconds)
+    size = config.train.micro_batch_size
+    found, seconds = evaluate_sets(run.engine, plan.task, plan.eval_sets, size, plan.pad_token_id, stop.poll)
+    first = next(iter(found.values()))  # what `loss` is, and what `best` follows
+    state.evaluations[state.step] = first
+    display.say(f"step {state.step}: evaluation {as_text(found)} ({seconds:.1f} s)")
+    record("eval", step=state.step, **first, seconds=seconds, **({"sets": found} if len(found) > 1 else {}))
     if run.owner is not None:
         with run.owner.writing() as workspace:
             _mark_best(run, workspace)

@@ -3,7 +3,6 @@
 Shared by train (on all ranks), submit (on a login node) and doctor (on each node).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.data.batch import padding_token
-from qvtune.data.dataset import TokenRows
+from qvtune.data.mixture import RowOrder, Rows
 from qvtune.distributed import process_group
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.adapters import add_adapters, trainable
@@ -30,16 +29,18 @@ from qvtune.tasks.task import Task
 from qvtune.train.checks import Checks
 from qvtune.train.data import (
     BASE,
-    EVAL,
     TRAIN,
     FindModel,
     Poll,
     check_rows,
+    data_sets,
     data_statistics,
     describe,
+    eval_sets,
     find_base,
     load_tokenizer,
-    sources,
+    max_steps,
+    row_order,
     token_rows,
     with_labels,
 )
@@ -64,8 +65,9 @@ class Plan:
     dtype: torch.dtype
     deepspeed_config: dict[str, Any]
     resume: Path | None
-    rows: TokenRows
-    eval_rows: TokenRows | None
+    rows: Rows
+    order: RowOrder
+    eval_sets: dict[str, Rows]
     data_statistics: dict[str, Any]
     pad_token_id: int
     max_steps: int
@@ -98,7 +100,7 @@ def preflight(
     checks.raise_all()
     assert found.folder is not None and found.deepspeed_config is not None and found.layer_numel is not None
     assert statistics is not None
-    _log(found, rows)
+    _log(found, statistics)
     return Plan(
         config=config,
         task=get_task(config.task, config.classification),
@@ -108,10 +110,11 @@ def preflight(
         deepspeed_config=fill_from_model(found.deepspeed_config, found.layer_numel),
         resume=found.resume,
         rows=rows[TRAIN],
-        eval_rows=rows.get(EVAL),
+        order=row_order(config, rows[TRAIN]),
+        eval_sets=eval_sets(config, rows),
         data_statistics=statistics,
         pad_token_id=padding_token(found.tokenizer),
-        max_steps=_max_steps(config, len(rows[TRAIN])),
+        max_steps=max_steps(config, rows[TRAIN]),
     )
 
 
@@ -122,12 +125,13 @@ def find_problems(config: RunConfig, world_size: int, *, on_gpus: bool | None = 
     """
     checks = Checks()
     _inspect(config, world_size, on_gpus, checks, cached_model_folder)
-    for setting, source in sources(config):
-        checks.run(partial(check_rows, setting, source, config, max_rows=_FIRST_ROWS))
+    for setting, sources in data_sets(config).items():
+        for source in sources:
+            checks.run(partial(check_rows, setting, source, config, max_rows=_FIRST_ROWS))
     return checks.found
 
 
-def _statistics(config: RunConfig, rows: Mapping[str, TokenRows], resume: Path | None) -> dict[str, Any]:
+def _statistics(config: RunConfig, rows: Mapping[str, Rows], resume: Path | None) -> dict[str, Any]:
     """Of all rows; they must be those of the checkpoint's run. On rank 0."""
     found = data_statistics(config, rows)
     if resume is not None:
@@ -214,16 +218,9 @@ def _check_task(task: Task, model_config: Any, max_length: int) -> None:
         raise UserError(problems)
 
 
-def _max_steps(config: RunConfig, num_rows: int) -> int:
-    """Optimizer steps of the run."""
-    train = config.train
-    if train.max_steps is not None:
-        return train.max_steps
-    assert train.epochs is not None
-    return max(1, math.ceil(train.epochs * num_rows / train.global_batch_size))
-
-
-def _log(found: _Inspected, rows: Mapping[str, TokenRows]) -> None:
+def _log(found: _Inspected, statistics: Mapping[str, Any]) -> None:
     if process_group.is_main():
-        for line in (found.reasons, *(f"{name}: {describe(one.statistics)}" for name, one in rows.items())):
-            console().print(line)
+        console().print(found.reasons)
+        for setting, one in statistics.items():
+            for line in describe(one):
+                console().print(f"{setting}: {line}", markup=False)

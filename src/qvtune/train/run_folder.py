@@ -21,7 +21,7 @@ from qvtune.distributed import process_group
 from qvtune.errors import UserError
 from qvtune.storage.atomic import atomic_file
 from qvtune.storage.files import write_json
-from qvtune.train.data import EVAL, TRAIN
+from qvtune.train.data import TRAIN
 
 # Settings that may change between the starts of a run. They do not change the losses, or, like another number of steps
 # through the schedule, change them as asked for and logged. All others must stay the same.
@@ -37,7 +37,7 @@ _FREE_SETTINGS = {
         "activation_checkpointing",
     },
     "model": {"attention"},
-    "data": {"eval"},
+    "data": {"eval", "num_workers"},
     "classification": {"metric"},
 }
 _DATA = "data.json"
@@ -101,15 +101,22 @@ def _completed(stored: dict[str, Any], now: dict[str, Any], config: RunConfig) -
     return completed
 
 
-def _differences(stored: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+def _differences(stored: dict[Any, Any], now: dict[Any, Any], where: str = "") -> list[str]:
     problems = []
     for key in sorted(stored.keys() | now.keys()):
-        before, after = stored.get(key), now.get(key)
+        before: Any = stored.get(key)
+        after: Any = now.get(key)
+        if _are_mappings(before) and _are_mappings(after) and len(before) == len(after):  # sources
+            before, after = dict(enumerate(before)), dict(enumerate(after))
         if isinstance(before, dict) and isinstance(after, dict):
             problems += _differences(before, after, f"{where}{key}.")
         elif before != after:
             problems.append(f"{where}{key}: {after!r} now, {before!r} in the checkpoint")
     return problems
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 def require_same_rows(run_dir: Path, data: dict[str, Any]) -> None:
@@ -128,10 +135,18 @@ def require_same_rows(run_dir: Path, data: dict[str, Any]) -> None:
 def _changes(run_dir: Path, data: dict[str, Any], setting: str) -> str:
     """In which numbers a data set differs from the one in data.json; empty where it does not, or is not in there."""
     path = run_dir / _DATA
-    stored = json.loads(path.read_text(encoding="utf-8")).get(setting, {}) if path.exists() else {}
-    now = data.get(setting, {})
+    stored = _comparable(json.loads(path.read_text(encoding="utf-8")).get(setting, {}) if path.exists() else {})
+    now = _comparable(data.get(setting, {}))
     changed = [name for name in stored if name in now and stored[name] != now[name]]
-    return "; ".join(f"{name} {now[name]}, was {stored[name]}" for name in changed if isinstance(now[name], int | str))
+    return "; ".join(f"{name} {now[name]}, was {stored[name]}" for name in changed)
+
+
+def _comparable(statistics: dict[str, Any]) -> dict[str, Any]:
+    """What must stay as it is: numbers of rows, checksums, and the weights of sources."""
+    found = {name: value for name, value in statistics.items() if isinstance(value, int | str)}
+    for one in statistics.get("sources", ()):
+        found |= {f"{name} of {one['source']}": one[name] for name in ("weight", "crc32") if name in one}
+    return found
 
 
 def open_run_folder(
@@ -150,8 +165,9 @@ def open_run_folder(
     if owner is not None:
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
-        if changes := _changes(owner.run_dir, data, EVAL):
-            console().print(f"{EVAL}: other rows than at the run's last start ({changes})", markup=False)
+        for setting in data:
+            if setting != TRAIN and (changes := _changes(owner.run_dir, data, setting)):
+                console().print(f"{setting}: other rows than at the run's last start ({changes})", markup=False)
         with owner.writing() as workspace:
             with atomic_file(owner.run_dir / "config.yaml", workspace=workspace) as private:
                 private.write_text(dump_config(config), encoding="utf-8")

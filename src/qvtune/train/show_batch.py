@@ -1,6 +1,6 @@
 """``launch/train.py --show-batch``: first rows as text, with what is trained on, and statistics."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -9,10 +9,9 @@ from rich.text import Text
 
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
-from qvtune.data.dataset import TokenRows
-from qvtune.data.order import rows_of_step
+from qvtune.data.mixture import Rows
 from qvtune.data.spans import Span, documents_as_text
-from qvtune.train.data import TRAIN, RunData, data_statistics, load_data
+from qvtune.train.data import TRAIN, RunData, data_statistics, load_data, row_order
 
 OPEN, CLOSE = "⟦", "⟧"  # around what has labels, for output without colours
 _HAS_LABEL = "black on green"
@@ -27,7 +26,10 @@ _COUNTS = {  # a row of the table -> the field of the statistics
     "label tokens": "label_tokens",
     "divided conversations": "split",
     "truncated documents": "truncated",
+    "divided documents": "long_split",
+    "too long documents": "long_dropped",
     "dropped documents": "dropped",
+    "rows of the source": "source_rows",
     "skipped rows of the source": "skipped",
 }
 
@@ -48,7 +50,7 @@ def _show_rows(out: Console, config: RunConfig, data: RunData, num_rows: int) ->
     rows, batch_size = data.rows[TRAIN], config.train.global_batch_size
     out.print(Text.assemble("Text on which the loss is computed (label tokens) looks ", _marked("like this"), ".\n"))
     # The order's first positions, whatever the batch size: step s takes positions s*B to (s+1)*B.
-    for position, index in enumerate(rows_of_step(0, num_rows, len(rows), config.train.seed).tolist()):
+    for position, index in enumerate(row_order(config, rows).of_step(0, num_rows).tolist()):
         row = rows[index]
         documents = documents_as_text(row, data.tokenizer)
         step, place = divmod(position, batch_size)
@@ -85,14 +87,31 @@ def _show_statistics(out: Console, config: RunConfig, data: RunData) -> None:
     table.add_row(density, *(f"{one['packing_density']:.1%}" for one in found.values()))
     out.rule("data", align="left")
     for setting, one in found.items():
-        out.print(Text(f"{setting}: {one['source']}"), soft_wrap=True)
+        for source in one.get("sources", [one]):
+            out.print(Text(f"{setting}: {source['source']}"), soft_wrap=True)
     out.print(table)
+    for setting, one in found.items():
+        if "sources" in one:
+            out.print()
+            out.rule(f"{setting}: sources", align="left")
+            out.print(_sources(one["sources"]))
     for setting, one in found.items():
         out.print()
         out.rule(f"{setting}: lengths of documents", align="left")
         out.print(_histogram(one))
         out.print()
         out.print(_longest(one, data.rows[setting], data.tokenizer))
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> Table:
+    """What each source of a data set has, and how much of it is trained on."""
+    counted, shared = ("rows", "documents", "tokens"), ("weight", "passes")
+    table = _table("source", *(Column(name, justify="right") for name in (*counted, *shared)))
+    for one in sources:
+        counts = [f"{one[name]:,}" for name in counted]
+        shares = [f"{one[name]:.3g}" if name in one else "" for name in shared]
+        table.add_row(Text(one["source"]), *counts, *shares)
+    return table
 
 
 def _histogram(statistics: Mapping[str, Any]) -> Table:
@@ -117,7 +136,7 @@ def _bar(count: int, largest: int) -> str:
     return "#" * -(-count * _BAR_WIDTH // largest)
 
 
-def _longest(statistics: Mapping[str, Any], rows: TokenRows, tokenizer: Any) -> Table:
+def _longest(statistics: Mapping[str, Any], rows: Rows, tokenizer: Any) -> Table:
     """Lengths, and the first words that have labels."""
     columns = [Column(name, justify="right", no_wrap=True) for name in ("longest", "label tokens")]
     table = _table(*columns, Column("text of the labels", no_wrap=True))

@@ -1,6 +1,5 @@
 """A source of rows, opened: its files are found, and its records can be read."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from qvtune.data.sources.text_files import read_csv, read_json, read_jsonl, read
 from qvtune.embedded.data import demo_files
 from qvtune.errors import UserError
 from qvtune.storage.paths import cache_dir
+from qvtune.storage.recorded import recorded_sha256
 
 HUB, SAVED = "hub", "saved"
 _ONLY_ON_THE_HUB = ("name", "revision", "streaming")
@@ -59,7 +59,7 @@ class Source:
         return islice(records, start, self.settings.max_rows)
 
     def identity(self) -> dict[str, Any]:
-        """What determines the records and how they are understood, for the key of a cache. Reads all files."""
+        """What determines the records and how they are understood, for a cache's key. Reads files that have changed."""
         own = self.settings.model_dump(mode="json", include={"format", "columns", "max_rows"}) | {"kind": self.kind}
         if self.kind == HUB:
             return own | hub.identity(self.settings, self._dataset)
@@ -164,7 +164,6 @@ def _ambiguous(place: str, candidates: list[str], value: dict[str, Any]) -> str:
 
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return recorded_sha256(file, cache_dir() / "checksums")
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}.") from error
