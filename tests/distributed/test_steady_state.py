@@ -5,7 +5,7 @@ import pytest
 from tests.support.lab import Lab, make_lab
 from tests.support.tiny import make_model_folder
 
-NUM_RANKS = 4
+NUM_RANKS = 3
 NUM_LAYERS = 8
 
 
