@@ -109,6 +109,13 @@ def test_a_section_of_another_task_is_neither_taken_nor_written(tmp_path: Path) 
     assert "with task: causal_lm classification.metric must not be set (or set task: sequence" in problem
 
 
+@pytest.mark.parametrize("overrides", [["train.eval_every=5"], ["data.eval=demo"]])
+def test_early_stopping_needs_evaluations(tmp_path: Path, overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=r"train\.early_stopping needs data\.eval and train\.eval_every > 0"):
+        load_config(write(tmp_path, SMALLEST), ["train.early_stopping=3", *overrides])
+    load_config(write(tmp_path, SMALLEST), ["train.early_stopping=3", "train.eval_every=5", "data.eval=demo"])
+
+
 @pytest.mark.parametrize("setting", ["as_in_paper=true", "head_weight_decay=0.1"])
 def test_a_setting_of_a_head_needs_a_head(tmp_path: Path, setting: str) -> None:
     with pytest.raises(UserError, match=rf"no classification head: optimizer\.{setting.partition('=')[0]} must not"):

@@ -51,6 +51,10 @@ TERMINATED_EARLY = {
 }
 
 
+# At this rate nothing becomes better.
+EARLY = {"optimizer__lr": 1e-12, "train__eval_every": 1, "train__early_stopping": 2}
+
+
 class Classifier(NamedTuple):
     """Runs of a classifier: family of the model, kind of labels, more changes, and the launches with such a run."""
 
@@ -145,6 +149,7 @@ def two(lab: Lab) -> Results:
         _classifier(lab, "bert", "zero2", **ZERO2),
         _classifier(lab, "bert", "full", **FULL),
         _classifier(lab, "bert", "stopped", **STOP),
+        _classifier(lab, "bert", "early", **EARLY, train__stop_after_step=1),
         {
             **_train(lab, "killed", train__save_every=3),  # as step 5 begins: two calls a step, and one at the start
             "signal_at": {"function": "qvtune.data.mixture.rows_of_step", "nth": 10, "number": signal.SIGKILL},
@@ -174,6 +179,7 @@ def two_later(lab: Lab, two: Results) -> Results:
         *(_train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
         _train(lab, "stopped-full", **FULL),
         _classifier(lab, "bert", "stopped"),
+        _classifier(lab, "bert", "early", **EARLY),
         _train(lab, "killed", train__save_every=3),
         *_shares(lab, 2),
     ]

@@ -192,6 +192,21 @@ def test_another_way_through_the_same_run(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_patience_ends_a_run_and_survives_a_resume(lab: Lab, two: Results, two_later: Results) -> None:
+    """Two evaluations without a better accuracy than before training, one of them before the run was stopped."""
+    assert [result["bert-early"] for result in two] == [{"code": 75}] * 2
+    assert [result["bert-early"] for result in two_later] == [{"code": 0}] * 2
+    assert [entry["step"] for entry in lab.events("bert-early", "eval")] == [0, 1, 2]
+    assert len({entry["accuracy"] for entry in lab.events("bert-early", "eval")}) == 1
+    ends = [(entry["step"], entry["reason"]) for entry in lab.events("bert-early", "run_end")]
+    assert ends == [(1, "stopped"), (2, "completed")]
+    checkpoints = lab.run_dir("bert-early") / "checkpoints"
+    assert {name: (checkpoints / name).resolve().name for name in ("latest", "best")} == {
+        "latest": "step-00000002",
+        "best": "step-00000001",
+    }
+
+
 def test_a_checkpoint_is_a_classifier_for_peft(lab: Lab, two: Results) -> None:
     """Read by PEFT as it is, the head among ``modules_to_save``; a matrix that was trained itself is in a file of its
     own, with the head."""

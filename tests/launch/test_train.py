@@ -20,7 +20,7 @@ FIELDS = {
     "run_start": {"step", "max_steps", "world_size", "resumed_from"},
     "base_loaded": {"seconds", "bytes_read", "base_bytes", "peak_rss_bytes"},
     "step": {"step", "loss", "tokens", "label_tokens", "seconds", "grad_norm", "lr"},
-    "eval": {"step", "loss", "seconds"},
+    "eval": {"step", "loss", "token_accuracy", "perplexity", "seconds"},
     "checkpoint": {"step", "bytes", "blocked_seconds"},
     "run_end": {"step", "reason", "seconds", "peak_rss_bytes", "peak_device_bytes"},
 }

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate, empty_batch, separate
 from qvtune.data.packing import PackedRow
-from qvtune.model.adapters import trainable
+from qvtune.model.adapters import trainable, transformers_model
 from qvtune.tasks import causal_lm as objective_module
 from qvtune.tasks.causal_lm import CausalLMObjective, FrozenHeadLoss
 from tests.support.tiny import DECODERS, VOCABULARY, four_bit_config, make_model_folder, make_row
@@ -101,6 +102,30 @@ def test_chunks_change_nothing(make_objective: MakeObjective, monkeypatch: pytes
     loss, gradients = loss_and_gradients(objective, packed_batch())
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_close(gradients, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [3, 100])
+def test_labels_with_the_largest_logit_are_counted(
+    make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    """Half of the labels are what the model itself predicts; counting does not change a bit of the loss."""
+    objective, batch = make_objective(), packed_batch()
+    monkeypatch.setattr(objective_module, "_CHUNK_LOGITS", num_rows * VOCABULARY)
+    model: Any = transformers_model(objective.model)
+    with torch.no_grad():
+        positions = {"position_ids": batch.position_ids, "use_cache": False}  # a cache would undo the isolation
+        hidden = model.model(batch.input_ids, attention_mask=None, **positions).last_hidden_state
+        predicted = model.lm_head(hidden).argmax(-1)
+        at_label = (batch.labels != IGNORE_INDEX).nonzero()
+        labels = batch.labels.clone()
+        for row, position in at_label[::2].tolist():
+            labels[row, position] = predicted[row, position]
+        expected = int((labels == predicted).sum())
+        assert NUM_LABELS // 2 <= expected < NUM_LABELS
+        counted = replace(batch, labels=labels)
+        num_correct = torch.tensor(7)
+        assert torch.equal(objective(counted, num_correct=num_correct), objective(counted))
+        assert num_correct.item() == 7 + expected, "added to what was there"
 
 
 def test_without_labels_loss_and_gradients_are_zero(make_objective: MakeObjective) -> None:

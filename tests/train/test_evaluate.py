@@ -1,5 +1,6 @@
 """The evaluation loss does not depend on micro-batches and ranks, and every rank makes the same number of passes."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,10 +42,10 @@ class Engine(nn.Module):
         super().__init__()
         self.objective, self.num_calls = objective, 0
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, num_correct: torch.Tensor) -> torch.Tensor:
         assert not self.training and not torch.is_grad_enabled()
         self.num_calls += 1
-        loss: torch.Tensor = self.objective(batch)
+        loss: torch.Tensor = self.objective(batch, num_correct)
         return loss
 
 
@@ -61,14 +62,16 @@ def test_the_mean_over_all_label_tokens(
     rows: Any = Rows()
     objective = make_objective()
     with torch.no_grad():
-        total = sum(objective(collate([row], pad_token_id=0)).item() for row in rows)
-    expected = total / sum((row.labels != IGNORE_INDEX).sum() for row in rows)
+        num_correct = torch.zeros((), dtype=torch.int64)
+        total = sum(objective(collate([row], pad_token_id=0), num_correct).item() for row in rows)
+    num_labels = sum((row.labels != IGNORE_INDEX).sum() for row in rows)
+    expected = total / num_labels
     monkeypatch.setattr(evaluate_module.process_group, "world_size", lambda: num_ranks)
-    own_sums: list[tuple[float, float]] = []
+    own_sums: list[tuple[float, ...]] = []
 
-    def sum_over_ranks(loss_sum: float, num_labels: float) -> list[float]:
-        own_sums.append((loss_sum, num_labels))
-        return [loss_sum, num_labels or 1]
+    def sum_over_ranks(*sums: float) -> list[float]:
+        own_sums.append(sums)
+        return [sums[0], sums[1] or 1, sums[2]]
 
     monkeypatch.setattr(evaluate_module.process_group, "sum_over_ranks", sum_over_ranks)
     for rank in range(num_ranks):
@@ -77,9 +80,13 @@ def test_the_mean_over_all_label_tokens(
         metrics, seconds = evaluate(engine, TASK, rows, micro_batch_size, pad_token_id=0)
         assert engine.num_calls == num_passes, "ZeRO-3 gathers in every pass: all ranks take part"
         assert engine.training and seconds > 0
-        assert metrics == {"loss": own_sums[-1][0] / (own_sums[-1][1] or 1)}
+        loss = own_sums[-1][0] / (own_sums[-1][1] or 1)
+        accuracy = own_sums[-1][2] / (own_sums[-1][1] or 1)
+        assert metrics == {"loss": loss, "token_accuracy": accuracy, "perplexity": math.exp(loss)}
     assert len(own_sums) == num_ranks
-    assert sum(loss for loss, _ in own_sums) / sum(count for _, count in own_sums) == pytest.approx(expected, rel=1e-5)
+    losses, counts, correct = (sum(of_ranks) for of_ranks in zip(*own_sums, strict=True))
+    assert losses / counts == pytest.approx(expected, rel=1e-5)
+    assert (counts, correct) == (num_labels, num_correct.item())
 
 
 def test_each_set_has_a_loss_of_its_own(

@@ -142,6 +142,11 @@ class TrainSection(Section):
         default=0, description="optimizer steps between checkpoints; 0 = only after the last step"
     )
     stop_after_step: Positive | None = Field(default=None, description="save after this step and exit with code 75")
+    early_stopping: Positive | None = Field(
+        default=None,
+        description="end the run after so many evaluations in a row without a better value of the metric that decides "
+        "which checkpoint is the best; null = never",
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, about 50 % more computation"
     )
@@ -220,6 +225,12 @@ class RunConfig(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     classification: ClassificationSection = ClassificationSection()
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_evaluations(self) -> Self:
+        if self.train.early_stopping is not None and (self.data.eval is None or not self.train.eval_every):
+            raise PydanticCustomError("no_evaluations", "train.early_stopping needs data.eval and train.eval_every > 0")
+        return self
 
     @model_validator(mode="after")
     def _head_of_its_task(self) -> Self:

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T positions, N label positions of the batch, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES
 from qvtune.tasks.task import Task
 
+_LARGEST_EXPONENT = 709.0  # of e, in float64
 _CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
 
 
@@ -67,13 +69,16 @@ class CausalLM(Task):
         return CausalLMObjective(model)
 
     def evaluate(self, engine: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        """``loss``: mean cross entropy over all label tokens, nats per label token."""
+        """``loss`` (mean cross entropy, nats per label token), ``token_accuracy`` (share of the label tokens that have
+        the largest logit) and ``perplexity`` (the exponential of the loss), over all label tokens."""
         loss_sum, num_labels = 0.0, 0
+        num_correct = torch.zeros((), dtype=torch.int64, device=engine.device)
         for batch in batches:
             num_labels += batch.num_label_tokens
-            loss_sum += engine(batch.to(engine.device)).item()
-        loss_sum, total_labels = process_group.sum_over_ranks(loss_sum, num_labels)
-        return {"loss": loss_sum / total_labels}
+            loss_sum += engine(batch.to(engine.device), num_correct=num_correct).item()
+        sums = process_group.sum_over_ranks(loss_sum, num_labels, num_correct.item())
+        loss, accuracy = sums[0] / sums[1], sums[2] / sums[1]
+        return {"loss": loss, "token_accuracy": accuracy, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
 
 
 TASK = CausalLM()
@@ -94,8 +99,10 @@ class CausalLMObjective(nn.Module):
         self._decoder = [causal_lm.get_decoder()]  # in a list: registered once, under ``model``
         self.head = FrozenHeadLoss(causal_lm.get_output_embeddings())
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, num_correct: torch.Tensor | None = None) -> torch.Tensor:
         """Sum of ``-log p(label)`` over the label positions, fp32 scalar, nats.
+
+        To ``num_correct``, an int64 scalar, the number of labels with the largest logit is added.
 
         Isolation of packed documents: sdpa and eager build a block-diagonal mask from positions that restart, but only
         as long as no attention mask is given; the flash kernels and whatever follows their interface take cu_seqlens.
@@ -111,7 +118,7 @@ class CausalLMObjective(nn.Module):
             max_length_k=batch.max_seqlen,
         ).last_hidden_state
         at_label = batch.labels != IGNORE_INDEX
-        loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label])
+        loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label], num_correct)
         return loss
 
 
@@ -124,9 +131,12 @@ class FrozenHeadLoss(nn.Module):
         # Parameters of this module, so that ZeRO-3 gathers them once for all chunks.
         self.weight, self.bias = head.weight, head.bias
 
-    def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, num_correct: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """fp32 scalar; 0 where N is 0."""
-        loss: torch.Tensor = _HeadCrossEntropy.apply(hidden_ND, labels_N, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        arguments = (hidden_ND, labels_N, self.weight, self.bias, num_correct)
+        loss: torch.Tensor = _HeadCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -135,7 +145,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        num_correct: torch.Tensor | None,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
@@ -145,6 +160,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
             log_probs_NV = nn.functional.linear(hidden_ND[chunk], weight_VD, bias_V).float()
             log_probs_NV -= log_probs_NV.logsumexp(dim=-1, keepdim=True)
             total -= log_probs_NV.gather(1, label_N1).sum()
+            if num_correct is not None:
+                num_correct += (log_probs_NV.argmax(dim=-1, keepdim=True) == label_N1).sum()
             if grad_ND is not None:  # d loss / d logits = softmax - one-hot
                 grad_logits_NV = log_probs_NV.exp_()
                 grad_logits_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=torch.float32))
@@ -153,6 +170,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         grad_ND, ctx.grad_ND = ctx.grad_ND, None
-        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None, None
+        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None, None, None

@@ -20,6 +20,7 @@ from qvtune.optim.schedule import multiplier
 from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
 from qvtune.system import peak_rss_bytes
+from qvtune.train.early_stopping import without_improvement
 from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
@@ -29,7 +30,7 @@ Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 
 def train(config: RunConfig) -> int:
-    """Train until ``max_steps`` or a request to stop; collective. Returns the exit code.
+    """Train until ``max_steps``, early stopping or a request to stop; collective. Returns the exit code.
 
     The loss of an optimizer step is the sum over its label tokens divided by their number over all micro-batches and
     ranks, so it does not depend on how the rows are split.
@@ -40,7 +41,7 @@ def train(config: RunConfig) -> int:
     run = prepare(config, stop)
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
     settings, rows, world_size = config.train, run.plan.rows, process_group.world_size()
-    last_step = min(max_steps, settings.stop_after_step or max_steps)
+    last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
     saved_step = state.step if run.resume else None
     run_started, reason = time.monotonic(), "stopped"
     record, close = _recorder(run)
@@ -71,10 +72,15 @@ def train(config: RunConfig) -> int:
                 record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
 
                 _evaluate_if_due(run, config, stop, display, record)
+                if _ends_early(run, config):
+                    last_step = state.step
+                    display.say(
+                        f"step {state.step}: no better {run.plan.task.metric} for {settings.early_stopping} evaluations"
+                    )
                 if state.step == last_step or _due(state.step, settings.save_every):
                     _save(run, config, display, record)
                     saved_step = state.step
-            reason = "completed" if state.step == max_steps else "stopped"
+            reason = "completed" if state.step == max_steps or _ends_early(run, config) else "stopped"
         except StopRequested as request:
             # Gradients of an incomplete step are in no checkpoint: the step will be run again from its start.
             display.say(f"{request}: step {state.step} of {max_steps} is the last complete step")
@@ -177,9 +183,20 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
 
 def _mark_best(run: Run, workspace: Path) -> None:
     """``checkpoints/best`` follows the metric of the task."""
-    task = run.plan.task
-    values = {step: metrics[task.metric] for step, metrics in run.state.evaluations.items()}
-    checkpoint_folder.mark_best(run.run_dir / "checkpoints", values, task.higher_is_better, workspace)
+    checkpoint_folder.mark_best(run.run_dir / "checkpoints", _values(run), run.plan.task.higher_is_better, workspace)
+
+
+def _values(run: Run) -> dict[int, float]:
+    """Step -> the metric of the task, of all evaluations so far."""
+    return {step: metrics[run.plan.task.metric] for step, metrics in run.state.evaluations.items()}
+
+
+def _ends_early(run: Run, config: RunConfig) -> bool:
+    """Whether the metric of the task has not become better for ``train.early_stopping`` evaluations."""
+    patience, values = config.train.early_stopping, _values(run)
+    if patience is None or not values:
+        return False
+    return without_improvement(values, run.plan.task.higher_is_better) >= patience
 
 
 def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:

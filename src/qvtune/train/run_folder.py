@@ -33,6 +33,7 @@ _FREE_SETTINGS = {
         "micro_batch_size",
         "eval_every",
         "save_every",
+        "early_stopping",
         "stop_after_step",
         "activation_checkpointing",
     },
