@@ -6,13 +6,14 @@ import pytest
 import torch
 import yaml
 
+from qvtune.distributed.ports import any_free_port
 from tests.support.forks import fork_command
 from tests.support.lab import Lab, make_lab
 from tests.support.processes import REPOSITORY, Finished, run_command
 
 TRAIN = REPOSITORY / "launch" / "train.py"
 LAUNCHERS: dict[str, list[str]] = {
-    "deepspeed": ["deepspeed", "--num_gpus", "2"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", f"--master_port={any_free_port()}"],  # its default may be in use
     "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
     "python": ["python"],
 }

@@ -39,7 +39,8 @@ def running(lab: Lab, name: str) -> Iterator[tuple[subprocess.Popen[bytes], list
     """The launcher and its two ranks, in the middle of a run that takes hours."""
     launched = [*LAUNCHERS["deepspeed"], *command(lab, name, *_LONG)]
     with started(launched, lab.folder / "output" / name, **lab.environment) as launcher:
-        wait_until(lambda: newest(lab.run_dir(name) / "checkpoints") is not None, seconds=500)
+        wait_until(lambda: launcher.poll() is not None or newest(lab.run_dir(name) / "checkpoints") is not None, 500)
+        assert launcher.poll() is None, (lab.folder / "output" / name / "stderr.txt").read_text()
         family = psutil.Process(launcher.pid).children(recursive=True)
         ranks = [process for process in family if str(TRAIN) == (process.cmdline() + [""] * 3)[2]]
         assert len(ranks) == 2, [process.cmdline() for process in family]
