@@ -18,6 +18,7 @@ from qvtune.data.spans import Span
 from qvtune.errors import UserError
 from qvtune.train.data import load_data
 from qvtune.train.show_batch import CLOSE, OPEN, as_text, show_batch
+from tests.support.tiny import make_model_folder
 
 
 @pytest.fixture
@@ -69,6 +70,33 @@ def test_the_first_rows_of_the_order_are_shown_with_exactly_their_labels(
     assert len(expected) > 3
     assert re.findall(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL) == ["like this", *expected]
     assert len(re.findall(r"^-- document \d+ of \d+: tokens \d+$", text, re.M)) == len(documents)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "expected"),
+    [("single_label", ("bad", "very good"), {"bad", "very good"}), ("regression", (1.5, -2), {"1.5", "-2"})],
+)
+def test_a_classified_document_has_its_label_in_the_heading(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], problem: str, labels: tuple[Any, Any], expected: set[str]
+) -> None:
+    rows = [{"text": f"hello {index}", "label": labels[index % 2]} for index in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = make_model_folder(tmp_path / "bert", "bert")
+    settings = {
+        "task": "sequence_classification",
+        "classification": {"problem": problem},
+        "model": {"name_or_path": str(folder)},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 64},
+        "train": {"max_steps": 1},
+        "run_dir": str(tmp_path / "run"),
+    }
+    text = shown(RunConfig.model_validate(settings), 1, capsys)
+    found = re.findall(r"^-- document \d of 6: tokens \d+, label (.*)\n(.*)$", text, re.M)
+    assert len(found) == 6 and {label for label, _ in found} == expected
+    for label, document in found:
+        index = int(re.findall(r"hello (\d)", document)[0])
+        assert label == f"{labels[index % 2]}"
+    assert OPEN not in text and "[CLS]" not in text.partition("lengths of documents")[2]
 
 
 def test_the_statistics_of_all_data_sets_are_shown(

@@ -60,6 +60,9 @@ class CausalLM(Task):
         """Labels on the assistant's turns, on the completion, or on every token."""
         return tokenize_rows(rows, tokenizer, loss_on)
 
+    def label_of(self, row: PackedRow, document: int) -> None:
+        """None: tokens have labels."""
+
     def collate(self, rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
         """Labels shifted by one: position t predicts the token at t + 1."""
         return collate(rows, pad_token_id)

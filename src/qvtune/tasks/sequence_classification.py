@@ -103,6 +103,14 @@ class SequenceClassification(Task):
         ids, types, truncated = _tokenize(row, tokenizer, max_length)
         return Document(ids, [label, *[IGNORE_INDEX] * (len(ids) - 1)], truncated, types)
 
+    def label_of(self, row: PackedRow, document: int) -> str:
+        """The name of the class, or the score."""
+        label = torch.tensor(row.labels[row.document_lengths[:document].sum()])
+        if self.is_regression:
+            return f"{decode_scores(label).item():g}"
+        assert self.settings.labels is not None, "labels_of was not asked"
+        return self.settings.labels[int(label)]
+
     def collate(self, rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
         """A document's label is at its first token."""
         return collate(rows, pad_token_id, shift=False)

@@ -62,6 +62,10 @@ class Task(Protocol):
         """
 
     @abstractmethod
+    def label_of(self, row: PackedRow, document: int) -> str | None:
+        """The label of a document as a person reads it; None where tokens have labels."""
+
+    @abstractmethod
     def collate(self, rows: Sequence[PackedRow], pad_token_id: int) -> Batch:
         """Packed rows -> one micro-batch, whose ``labels[b, t]`` is what position t has to predict."""
 

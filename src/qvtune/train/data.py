@@ -29,8 +29,9 @@ BASE = "model.name_or_path"
 
 @dataclass(frozen=True)
 class RunData:
-    """The tokenizer of a run, and its rows by setting: ``data.train`` and those of ``data_sets`` for evaluation."""
+    """Task, tokenizer and rows by setting of a run: ``data.train``, and those of ``data_sets`` for evaluation."""
 
+    task: Task
     tokenizer: Any
     rows: dict[str, Rows]
 
@@ -46,7 +47,7 @@ def load_data(config: RunConfig) -> RunData:
     tokenizer = None if folder is None else checks.run(partial(load_tokenizer, folder, config.model))
     rows = token_rows(config, tokenizer, checks)
     checks.raise_all()
-    return RunData(tokenizer, rows)
+    return RunData(get_task(config.task, config.classification), tokenizer, rows)
 
 
 def find_base(config: RunConfig, checks: Checks, find_model: FindModel = model_folder) -> Path | None:

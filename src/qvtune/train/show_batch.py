@@ -1,6 +1,7 @@
 """``launch/train.py --show-batch``: first rows as text, with what is trained on, and statistics."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -48,7 +49,9 @@ def show_batch(config: RunConfig, num_rows: int) -> None:
 
 def _show_rows(out: Console, config: RunConfig, data: RunData, num_rows: int) -> None:
     rows, batch_size = data.rows[TRAIN], config.train.global_batch_size
-    out.print(Text.assemble("Text on which the loss is computed (label tokens) looks ", _marked("like this"), ".\n"))
+    if data.task.label_of(rows[0], 0) is None:
+        shown = _marked("like this")
+        out.print(Text.assemble("Text on which the loss is computed (label tokens) looks ", shown, ".\n"))
     # The order's first positions, whatever the batch size: step s takes positions s*B to (s+1)*B.
     for position, index in enumerate(row_order(config, rows).of_step(0, num_rows).tolist()):
         row = rows[index]
@@ -57,8 +60,13 @@ def _show_rows(out: Console, config: RunConfig, data: RunData, num_rows: int) ->
         counts = f"tokens {rows.num_tokens[index]}, label tokens {rows.num_label_tokens[index]}"
         title = f"step {step + 1}, row {place + 1} of {batch_size}: documents {len(documents)}, {counts}"
         out.rule(title, align="left")
-        for number, (spans, length) in enumerate(zip(documents, row.document_lengths, strict=True), start=1):
-            out.print(Text(f"-- document {number} of {len(documents)}: tokens {length}", style="bold"))
+        for number, (spans, length) in enumerate(zip(documents, row.document_lengths, strict=True)):
+            heading = f"-- document {number + 1} of {len(documents)}: tokens {length}"
+            label = data.task.label_of(row, number)
+            if label is not None:  # of the document, kept at its first token
+                heading += f", label {_visible(label)}"
+                spans = [replace(span, has_label=False) for span in spans]
+            out.print(Text(heading, style="bold"))
             out.print(as_text(spans), soft_wrap=True)
         out.print()
 
@@ -100,7 +108,7 @@ def _show_statistics(out: Console, config: RunConfig, data: RunData) -> None:
         out.rule(f"{setting}: lengths of documents", align="left")
         out.print(_histogram(one))
         out.print()
-        out.print(_longest(one, data.rows[setting], data.tokenizer))
+        out.print(_longest(one, data.rows[setting], data))
 
 
 def _sources(sources: Sequence[Mapping[str, Any]]) -> Table:
@@ -136,13 +144,15 @@ def _bar(count: int, largest: int) -> str:
     return "#" * -(-count * _BAR_WIDTH // largest)
 
 
-def _longest(statistics: Mapping[str, Any], rows: Rows, tokenizer: Any) -> Table:
-    """Lengths, and the first words that have labels."""
+def _longest(statistics: Mapping[str, Any], rows: Rows, data: RunData) -> Table:
+    """Lengths, and the first words that have labels, or the documents' own labels."""
     columns = [Column(name, justify="right", no_wrap=True) for name in ("longest", "label tokens")]
     table = _table(*columns, Column("text of the labels", no_wrap=True))
     for one in statistics["longest"]:
-        spans = documents_as_text(rows[one["row"]], tokenizer)[one["document"]]
-        words = " ".join("".join(span.text for span in spans if span.has_label).split())
+        row, document = rows[one["row"]], one["document"]
+        spans = documents_as_text(row, data.tokenizer)[document]
+        label = data.task.label_of(row, document) or "".join(span.text for span in spans if span.has_label)
+        words = " ".join(label.split())
         table.add_row(f"{one['tokens']:,}", f"{one['label_tokens']:,}", Text(_visible(words[:_EXCERPT_CHARACTERS])))
     return table
 
