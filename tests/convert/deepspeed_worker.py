@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
@@ -62,6 +63,7 @@ def settings(stage: int) -> dict[str, Any]:
 
 def main() -> None:
     base, output, *jobs = sys.argv[1:]
+    deepspeed.ops.__compatible_ops__ = {}  # none is compiled, which takes a minute: as in qvtune's process_group.start
     for job in jobs:
         library, _, stage = job.partition("-")
         folder = Path(output) / job
