@@ -56,6 +56,18 @@ def test_one_other_value_is_named(tmp_path: Path, llama_folder: Path) -> None:
     assert NAME in problem and advice == "give the right one"
 
 
+def test_a_head_may_be_in_one_of_two_alone_only_where_heads_need_not_be_the_same(llama_folder: Path) -> None:
+    whole = fingerprint_of(llama_folder)
+    headless = {name: entry for name, entry in whole.items() if name != "lm_head.weight"}
+    assert len(headless) < len(whole)
+    for expected, found in ((whole, headless), (headless, whole)):
+        require_same(expected, found, "the base", "give the right one", same_heads=False)
+        with pytest.raises(UserError, match=r"lm_head\.weight"):
+            require_same(expected, found, "the base", "give the right one")
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        require_same(whole, whole | {"lm_head.weight": "another"}, "the base", "give", same_heads=False)
+
+
 def test_a_byte_that_flips_after_the_first_reading_is_refused_by_name(tmp_path: Path, llama_folder: Path) -> None:
     folder = change(llama_folder, tmp_path / "base", 0.125)
     file = folder / "model.safetensors"

@@ -65,13 +65,17 @@ def trained_base(folder: Path) -> Fingerprint:
     return fingerprint.read(folder / _BASE)
 
 
-def require_base(folder: Path, found: Fingerprint) -> None:
-    """Raises UserError, naming the tensors, when a checkpoint was trained on another base than ``found``."""
+def require_base(folder: Path, found: Fingerprint, *, same_heads: bool = True) -> None:
+    """Raises UserError, naming the tensors, when a checkpoint was trained on another base than ``found``.
+
+    ``same_heads``: as in ``fingerprint.require_same``.
+    """
     fingerprint.require_same(
         trained_base(folder),
         found,
         "the base (model.name_or_path)",
         f"{folder} was trained on another base; give that one, or another run_dir",
+        same_heads=same_heads,
     )
 
 

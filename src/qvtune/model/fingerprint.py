@@ -88,18 +88,19 @@ def _of_source(manifest: Path, found: Fingerprint) -> Fingerprint:
         return found
     recorded = json.loads(manifest.read_text(encoding="utf-8"))
     advice = "the folder is damaged; delete it and make it again with launch/quantize.py"
-    require_same(recorded["tensors"], found, str(manifest.parent), advice)
+    require_same(recorded["tensors"], found, str(manifest.parent), advice, same_heads=False)
     source: Fingerprint = recorded["source"]
     return source
 
 
-def require_same(expected: Fingerprint, found: Fingerprint, what: str, advice: str) -> None:
+def require_same(expected: Fingerprint, found: Fingerprint, what: str, advice: str, *, same_heads: bool = True) -> None:
     """Raises UserError naming the tensors that differ; ``what`` is compared, ``advice`` says what to do.
 
-    The tensors of a head may be in one of the two alone: whoever trains for a task with another head reads the rest.
+    Without ``same_heads`` the tensors of a head may be in one of the two alone: training with a head of its own reads
+    the rest.
     """
-    heads = {name for name in expected.keys() ^ found.keys() if is_head_tensor(name)}
-    names = sorted((expected.keys() | found.keys()) - heads)
+    one_sided = set() if same_heads else {name for name in expected.keys() ^ found.keys() if is_head_tensor(name)}
+    names = sorted((expected.keys() | found.keys()) - one_sided)
     differing = [name for name in names if expected.get(name) != found.get(name)]
     if differing:
         problems = [
@@ -123,7 +124,7 @@ def require_unchanged(weights: TensorSource, found: Fingerprint, records: Path) 
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["files"] == files:
             advice = f"these bytes have changed since {folder} was read first; if they were meant to, delete {path}"
-            require_same(record["tensors"], found, str(folder), advice)
+            require_same(record["tensors"], found, str(folder), advice, same_heads=False)
             if found.keys() <= record["tensors"].keys():
                 return
             found = record["tensors"] | found

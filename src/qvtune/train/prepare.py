@@ -83,7 +83,7 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     with process_group.raise_on_all_ranks():
         if process_group.is_main():
             if planned.resume is not None:
-                checkpoint_state.require_base(planned.resume, content)
+                checkpoint_state.require_base(planned.resume, content, same_heads=head is None)
             require_unchanged(base.weights, content, cache_dir() / "bases")
     model = add_adapters(
         base.model,
