@@ -121,6 +121,24 @@ def test_a_merged_classifier_is_loaded_by_transformers(
     assert "pipeline_tag: text-classification" in card and "AutoModelForSequenceClassification" in card
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("bert", torch.float32), ("llama", torch.float32)])
+def test_the_card_of_an_adapter_says_how_to_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    """The head has its size, and neither it nor the pooler is quantized."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if family == "bert" else {}
+    base = make_model_folder(tmp_path / family, family, dtype=dtype, **no_dropout)
+    objective = make_run(tmp_path, base, CLASSES, dtype)
+    convert(tmp_path / "run", tmp_path / "adapter", format="adapter")
+    monkeypatch.chdir(tmp_path)
+    loaded: dict[str, Any] = {}
+    exec((tmp_path / "adapter" / "README.md").read_text().partition("```python\n")[2].partition("```")[0], loaded)
+    batch = AutoTokenizer.from_pretrained(base)(*zip(*TEXTS, strict=True), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = loaded["model"].train()(**batch).logits  # bitsandbytes has less exact kernels for eval mode on a CPU
+    torch.testing.assert_close(logits, logits_in_training(objective, base), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("labels", "added"), [(LABELS, 2), (("no", "yes"), 0), (("yes", "no"), 0)])
 def test_the_head_of_the_base_gives_way(tmp_path: Path, labels: tuple[str, ...], added: int) -> None:
     """To one of other shapes, to one trained further, and to a new one for the labels in another order."""

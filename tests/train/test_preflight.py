@@ -1,7 +1,7 @@
 """What is refused before anything is loaded or written: everything that is wrong, in one message."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,78 @@ def test_a_language_model_is_no_encoder(tmp_path: Path, make_config: MakeConfig,
     ):
         prepare(make_config(model__name_or_path=str(folder)), StopRequest())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def make_classifier(tmp_path: Path, make_config: MakeConfig) -> MakeConfig:
+    """The same run as a classifier: BERT, six texts with the labels 0, 9 and 10."""
+    folder = make_model_folder(tmp_path / "bert", "bert")
+
+    def make(labels: Sequence[object] = (9, 10, 0, 9, 10, 0), **changes: Any) -> RunConfig:
+        rows = [json.dumps({"text": f"hello {index}", "label": label}) for index, label in enumerate(labels)]
+        (tmp_path / "labels.jsonl").write_text("\n".join(rows) + "\n")
+        settings = {
+            "task": "sequence_classification",
+            "model__name_or_path": str(folder),
+            "data__train": str(tmp_path / "labels.jsonl"),
+        }
+        return make_config(**settings | changes)
+
+    return make
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_labels_are_those_of_the_training_rows(make_classifier: MakeConfig) -> None:
+    plan = preflight(make_classifier(), 1)
+    assert plan.config.classification.labels == ("0", "9", "10"), "as numbers"
+    row = plan.rows[0]
+    starts = row.document_lengths.cumsum() - row.document_lengths
+    assert sorted(row.labels[starts].tolist()) == [0, 0, 1, 1, 2, 2]
+    named = preflight(make_classifier(classification={"labels": ["10", "9", "0"]}), 1)
+    assert named.config.classification.labels == ("10", "9", "0")
+    assert named.task.label_of(named.rows[0], 0) == plan.task.label_of(row, 0)
+    assert named.rows[0].labels[0] == 2 - row.labels[0]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_cannot_be_classified_is_one_message(make_classifier: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text('{"text": "hello", "label": 9}\n{"text": "hello", "label": "nine"}\n')
+    config = make_classifier(
+        data__eval=str(tmp_path / "eval.jsonl"),
+        data__max_length=300,
+        optimizer__lr_multipliers={"k": 2.0, "head": 3.0},
+    )
+    with pytest.raises(UserError) as caught:
+        preflight(config, 1)
+    text = str(caught.value)
+    assert "data.max_length: 300 is more than the 256 positions of the model" in text
+    assert f"{tmp_path / 'eval.jsonl'}:2: the label 'nine' is none of the 3 labels of the run (0, 9, 10)" in text
+    assert "'k' decides for no trained parameter" in text and "trained groups (adapter.projections): head, q, v" in text
+    assert "'head' decides" not in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("labels", "problem", "message"),
+    [
+        (["a", "a"], "single_label", "data.train: the training rows have 1 different labels (a"),
+        ([1.5, "high"], "regression", "labels.jsonl:2: the label 'high' is no number"),
+    ],
+)
+def test_labels_that_do_not_fit_the_problem(
+    make_classifier: MakeConfig, labels: list[object], problem: str, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        preflight(make_classifier(labels, classification={"problem": problem}), 1)
+    assert message in str(caught.value)
+
+
+def test_a_classifier_is_checked_before_it_is_submitted(make_classifier: MakeConfig) -> None:
+    """Without all rows having been read, hence without the labels."""
+    assert find_problems(make_classifier(), 2, on_gpus=False) == []
+    (problem,) = find_problems(make_classifier(data__max_length=300), 2, on_gpus=False)
+    assert "more than the 256 positions" in problem
 
 
 def all_wrong(make_config: MakeConfig, tmp_path: Path) -> RunConfig:

@@ -60,6 +60,7 @@ def add_adapters(
         for path in new_modules:
             base.get_submodule(path).requires_grad_(True)
         return base
+    names = [path.rpartition(".")[2] for path in new_modules]  # PEFT adds those of heads for their task type
     config = LoraConfig(
         task_type=task_type,
         r=adapter.rank,
@@ -68,8 +69,7 @@ def add_adapters(
         use_rslora=adapter.method == "rslora",
         target_modules=[family.projections[letter] for letter in adapter.projections],
         base_model_name_or_path=base_name,
-        # PEFT itself adds the names that its task type has for heads.
-        modules_to_save=[path.rpartition(".")[2] for path in new_modules] or None,
+        modules_to_save=[name for name in names if task_type != "SEQ_CLS" or name not in HEADS] or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -27,7 +27,9 @@ from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS
 from qvtune.convert.sources.source import SavedAdapter, open_source
 from qvtune.errors import ProofError, UserError
+from qvtune.model.adapters import is_of_head
 from qvtune.model.fingerprint import ContentChecksums
+from qvtune.model.head import HEADS, POOLER
 from qvtune.storage.files import write_json
 from qvtune.storage.partial import PartialOutput
 
@@ -85,20 +87,26 @@ def limits(conversion: Conversion) -> Limits:
 def how_to_load(conversion: Conversion, title: str) -> str:
     """As ``OutputFormat``; the base in training's dtype, and in 4 bits where its folder does not say so.
 
-    transformers quantizes what it has cast before, training what is stored: hence a dtype that holds both.
+    transformers quantizes what it has cast before, training what is stored: hence a dtype that holds both. A head that
+    was trained must have its size, and not be quantized.
     """
     dtype, imports, four_bits, option = conversion.dtype, [conversion.auto_class], "", ""
     if conversion.base.opened is not None and not conversion.base.opened.stored:
         stored = (conversion.base.weights[name].dtype for name in conversion.base.quantized)
         dtype = reduce(torch.promote_types, stored, conversion.dtype)
         imports, option = [conversion.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
-        four_bits = f"""nf4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant={conversion.model.double_quant},
-    bnb_4bit_compute_dtype="{_name(conversion.dtype)}",
-)
-"""
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": conversion.model.double_quant,
+            "bnb_4bit_compute_dtype": _name(conversion.dtype),
+        }
+        if head := _head_modules(conversion):
+            settings["llm_int8_skip_modules"] = head
+        lines = "".join(f"    {name}={value!r},\n" for name, value in settings.items())
+        four_bits = f"nf4 = BitsAndBytesConfig(\n{lines})\n"
+    for name, value in _classifier_options(conversion).items():
+        option += f", {name}={value!r}"
     if conversion.model.revision is not None:
         option = f', revision="{conversion.model.revision}"{option}'
     return f"""```python
@@ -108,6 +116,21 @@ from transformers import {", ".join(imports)}
 {four_bits}base = {conversion.auto_class}.from_pretrained("{_base_name(conversion)}", dtype="{_name(dtype)}"{option})
 model = PeftModel.from_pretrained(base, "{title}")
 ```"""
+
+
+def _head_modules(conversion: Conversion) -> list[str]:
+    """Paths of the modules of a classifier's head that were trained."""
+    parts = (*HEADS, POOLER)
+    names = [name.split(".") for name in plain_keys(_saved(conversion).tensors) if is_of_head(name)]
+    return sorted({".".join(name[: 1 + next(at for at, part in enumerate(name) if part in parts)]) for name in names})
+
+
+def _classifier_options(conversion: Conversion) -> dict[str, int]:
+    """What ``from_pretrained`` has to know of a classifier that the base's config.json does not say."""
+    if not conversion.is_classifier or "id2label" not in conversion.settings:
+        return {}
+    options = {"num_labels": len(conversion.settings["id2label"])}
+    return options | {key: conversion.settings[key] for key in ("pad_token_id",) if key in conversion.settings}
 
 
 def _name(dtype: torch.dtype) -> str:
