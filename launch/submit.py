@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qvtune.console import command_parser
 from qvtune.distributed.command import run_alone
+from qvtune.plan.gpus import GPUS
 from qvtune.submit.submit import Request, submit
 
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="=--OPTION", help="e.g. --sbatch=--exclude=n3; repeatable"
     )
+    parser.add_argument("--gpu", choices=tuple(GPUS), metavar="NAME", help="estimate memory and time, as plan.py does")
     parser.add_argument("--dry-run", action="store_true", help="check, and show the command; write and submit nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     options = parser.parse_intermixed_args()

@@ -116,7 +116,14 @@ def test_the_first_screen_has_what_why_proof_and_the_two_commands() -> None:
 def test_discovery_finds_commands_of_all_kinds() -> None:
     typed = [" ".join(parameter.values[0]) for parameter in COMMANDS]  # type: ignore[arg-type]
     assert len(typed) > 20
-    for part in ("launch/train.py", "launch/convert.py", "launch/quantize.py", "launch/submit.py", "launch/doctor.py"):
+    for part in (
+        "launch/train.py",
+        "launch/convert.py",
+        "launch/quantize.py",
+        "launch/submit.py",
+        "launch/plan.py",
+        "launch/doctor.py",
+    ):
         assert any(part in line for line in typed), part
     for part in ("slurm/train.sbatch", "slurm/convert.sbatch", "slurm/sweep.sbatch", "python -m", "pytest -s"):
         assert any(part in line for line in typed), part

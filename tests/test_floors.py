@@ -13,7 +13,8 @@ SRC = Path(__file__).parents[1] / "src"
 FLOORS = (
     ("demo",),
     ("study",),
-    ("submit", "plan"),
+    ("submit",),
+    ("plan",),
     ("doctor",),
     ("train",),
     ("convert",),
@@ -101,7 +102,7 @@ def test_the_documented_floors_are_these() -> None:
     [
         ("config", "from qvtune.model import nf4"),
         ("storage", "def late():\n    from qvtune.train.loop import train"),
-        ("submit", "import qvtune.plan.memory"),
+        ("plan", "import qvtune.submit.submit"),
         ("checkpoint", "import torch.distributed as dist"),
         ("train", "from torch import distributed"),
         ("report", "from deepspeed import comm"),

@@ -39,6 +39,10 @@ WRONG = {
         (["--nodes=1", "--gpus-per-node=1", "--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
         (["--nodes=1", "--gpus-per-node=1", "--config", "{folder}"], "the configuration cannot be read"),
     ],
+    "plan": [
+        (["--gpus-per-node=8", "--gpu=h100-80", "--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
+        (["--gpus-per-node=8", "--gpu=h100", "--config", "{recipe}"], "invalid choice: 'h100'"),
+    ],
     "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],
     "convert": [(["{folder}/none", "--output", "{folder}/out"], "none: no checkpoint")],
     "quantize": [(["{folder}/none", "--output", "{folder}/out"], "none' is not a folder")],

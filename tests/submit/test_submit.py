@@ -10,6 +10,7 @@ import yaml
 
 from qvtune.config.load import load_config
 from qvtune.errors import UserError
+from qvtune.plan import plan
 from qvtune.submit import submit as module
 from qvtune.submit.submit import Request, freeze, submit
 from qvtune.versions import repository
@@ -54,6 +55,23 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
     assert words == ["sbatch", "--parsable", *options]
     assert Path(script).parts[-2:] == ("slurm", "train.sbatch") and Path(recipe).name == "config.yaml"
     assert not lab.run_dir("run").exists() and list(lab.folder.glob(".doctor*")) == []
+
+
+def test_the_estimates_of_the_plan_are_shown_where_the_gpu_is_known(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def short_plan(run: object, plan_request: object) -> list[str]:
+        seen.append(plan_request)
+        return ["three lines"]
+
+    monkeypatch.setattr(plan, "short_plan", short_plan)
+    submit(replace(request_, gpu="a100-80"))
+    assert seen == [plan.Request(3, 2, "a100-80")] and "three lines" in capsys.readouterr().out
+    submit(request_)
+    assert len(seen) == 1
+    assert "--gpu a100-80: all ranks run on CPUs" in problems_of(replace(request_, gpu="a100-80", procs_per_node=1))
 
 
 def test_everything_that_is_wrong_is_said_at_once(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:

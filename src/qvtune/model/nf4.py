@@ -160,7 +160,7 @@ def as_storage(piece: torch.Tensor, storage: torch.dtype, numel: int) -> torch.T
 
 
 @lru_cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The 16 NF4 values and the 256 values of the nested 8-bit code."""
     return bnb.get_4bit_type("nf4", device=device), bnb.create_dynamic_map().to(device)
 
@@ -175,7 +175,7 @@ def _quant_state(
 ) -> tuple[torch.Tensor, bnb.QuantState]:
     """Codes and statistics of weights ``[start, end)``, views; ``start`` is that of a nested block."""
     content = {name: pieces[name].view(torch.uint8)[:size] for name, size in layout.piece_bytes().items()}
-    nf4_values, nested_values = _tables(content["weight"].device)
+    nf4_values, nested_values = tables(content["weight"].device)
     blocks = slice(start // BLOCK, math.ceil(end / BLOCK))
     state: dict[str, Any] = {"shape": torch.Size(shape), "dtype": layout.storage, "code": nf4_values}
     if layout.double_quant:

@@ -43,6 +43,7 @@ class Request:
     Attributes:
         procs_per_node: ranks per node. None: what QVTUNE_PROCS_PER_NODE says, else one per GPU.
         sbatch: further options of sbatch.
+        gpu: what GPUs the nodes have, a name of ``qvtune.plan.gpus.GPUS``; shows what the run will need and take.
     """
 
     config: Path
@@ -54,6 +55,7 @@ class Request:
     time: str | None = None
     sbatch: Sequence[str] = ()
     dry_run: bool = False
+    gpu: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -91,6 +93,8 @@ def submit(request: Request) -> None:
     frozen = _new_name(run_dir / "submitted")
     command = _command(request, frozen)
     out = console()
+    for line in _estimates(run, request):
+        out.print(line, markup=False, soft_wrap=True)
     out.print(shlex.join(command), markup=False, soft_wrap=True)
     if request.dry_run:
         out.print("not submitted: --dry-run", markup=False)
@@ -107,6 +111,8 @@ def _request_problems(request: Request) -> list[str]:
     problems = []
     if request.nodes < 1 or request.gpus_per_node < 0 or request.world_size < 1:
         problems.append("--nodes must be at least 1, and --gpus-per-node too, or else --procs-per-node")
+    if request.gpu is not None and not request.on_gpus:
+        problems.append(f"--gpu {request.gpu}: all ranks run on CPUs; give --gpus-per-node, or leave it out")
     for option in request.sbatch:
         if not option.startswith("-"):
             problems.append(f"--sbatch={option}: not an option of sbatch; write --sbatch=--name=value")
@@ -121,6 +127,15 @@ def _request_problems(request: Request) -> list[str]:
             f"{_settings_file()} does not exist: cp slurm/cluster.env.example slurm/cluster.env, and edit it"
         )
     return problems
+
+
+def _estimates(run: RunConfig, request: Request) -> list[str]:
+    """Memory, time and gathers, where ``--gpu`` says on what."""
+    if request.gpu is None:
+        return []
+    from qvtune.plan import plan  # as preflight
+
+    return plan.short_plan(run, plan.Request(request.nodes, request.gpus_per_node, request.gpu))
 
 
 def _settings_file() -> Path:
