@@ -103,11 +103,12 @@ def test_the_data_is_recorded(lab: Lab, run: str) -> None:
     data = json.loads((lab.run_dir(run) / "data.json").read_text())
     fields = {field.name for field in dataclasses.fields(Statistics)}
     assert {name: set(numbers) for name, numbers in data.items()} == {
-        "data.train": {"source", *fields},
+        "data.train": {"source", "passes", *fields},
         "data.eval": {"source", *fields},
     }
     train = data["data.train"]
     assert train["source"] == str(lab.folder / "train.jsonl") and train["documents"] == 60
+    assert train["passes"] > 0
     first_step = lab.events(run, "step")[0]
     assert 0 < first_step["tokens"] < train["tokens"] and first_step["label_tokens"] < train["label_tokens"]
 

@@ -42,7 +42,7 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site) -> N
     """The collective's timeout is the only one that notices: Slurm's own is far away."""
     name = "cut"
     with site.cluster.slurmd_timeout(3600):  # changed while there is no job: Slurm 22.05 would lose track of its GPUs
-        job = site.train(name, QVTUNE_TIMEOUT_SECONDS="30")
+        job = site.train(name, QVTUNE_TIMEOUT_SECONDS="60")
         lost = site.wait_for_step(job, name, SAVE_EVERY + 1).hosts[1]
         site.cluster.cut(lost)
         named = f"lost host: {lost}; it does not answer"
