@@ -92,8 +92,8 @@ class Published:
 SPEED = "tokens/s a GPU"
 FIGURES = (
     Published("8B LoRA", 12473, SPEED, NEMO, LLAMA_3_8B, (1, "h100-80"), "zero2", "none", 4096, 2, False),
-    # As read in November 2026; the version of October 2025 has 608, with two-way tensor and four-way pipeline
-    # parallelism. qvtune would need checkpointing, which these runs do without.
+    # Not confirmed: the version of the page that could be read (October 2025) has 608, with two-way tensor and four-way
+    # pipeline parallelism. qvtune would need checkpointing, which these runs do without.
     Published("70B LoRA", 1092, SPEED, NEMO, LLAMA_3_70B, (8, "h100-80"), "zero3", "none", 4096, 1, True),
     Published("70B NF4", 390, SPEED, FSDP_QLORA, LLAMA_2_70B, (8, "a100-40"), "zero3", "nf4", 2048, 4, True),
     Published("70B NF4", 414, SPEED, FSDP_QLORA, LLAMA_2_70B, (4, "a100-40"), "zero3", "nf4", 2048, 4, True),
