@@ -40,7 +40,7 @@ class Conversion:
         """What the adapter is added to."""
         return "dequantized" if self.base.quantized else "original"
 
-    @property
+    @cached_property
     def is_classifier(self) -> bool:
         """Whether the merged model gives the logits of classes instead of tokens."""
         config = json.loads((self.base.folder / "config.json").read_text(encoding="utf-8")) | dict(self.settings)

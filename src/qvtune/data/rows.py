@@ -9,7 +9,6 @@ from qvtune.errors import UserError
 MAX_PROBLEMS_SHOWN = 10
 ROLES = ("system", "user", "assistant", "tool")
 MISSING_COLUMN, UNKNOWN_COLUMNS = "missing column", "columns of no format"  # kinds of bad rows
-MESSAGE_KEYS = ("tool_calls", "reasoning_content", "tool_call_id", "name")  # beside role and content
 
 Message = dict[str, Any]
 
@@ -23,7 +22,8 @@ class ChatRow:
 
     Attributes:
         place: of the row, for messages: ``FILE:LINE``, or ``FILE row N``.
-        messages: ``role`` (one of ROLES) and ``content`` (text), and where the row has them MESSAGE_KEYS.
+        messages: ``role`` (one of ROLES) and ``content`` (text), and where the row has them ``tool_calls``,
+            ``reasoning_content``, ``tool_call_id`` and ``name``.
         tools: descriptions of functions that the model may call; None where the row has none.
     """
 

@@ -86,10 +86,10 @@ def data_facts(config: RunConfig) -> tuple[dict[str, str], list[Finding]]:
     A file that cannot be read gives a fact only: ``preflight.find_problems`` reports it.
     """
     from qvtune.data.sources.source import open_source
+    from qvtune.train.data import data_sets
 
     facts, findings = {}, []
-    sets = {f"data.eval.{name}".removesuffix(".eval"): sources for name, sources in config.data.eval_sets.items()}
-    for setting, sources in {"data.train": config.data.train_sources, **sets}.items():
+    for setting, sources in data_sets(config).items():
         names = ", ".join(source.path for source in sources)
         try:
             files = [file for source in sources if source.path != "demo" for file in open_source(source).files]

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.train.checks import Checks
-from qvtune.train.data import TRAIN, load_tokenizer, token_rows
+from qvtune.train.data import TRAIN, load_tokenizer, max_steps, token_rows
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ def amount_of(run: RunConfig, folder: Path, tokens: int | None) -> Amount:
 
 
 def _amount(run: RunConfig, rows: int, tokens_per_row: float, source: str) -> Amount:
-    batch = run.train.global_batch_size
-    steps = run.train.max_steps or max(1, math.ceil((run.train.epochs or 1) * rows / batch))
-    return Amount(steps, batch * tokens_per_row, source)
+    return Amount(max_steps(run, rows), run.train.global_batch_size * tokens_per_row, source)
 
 
 def _cached_counts(run: RunConfig, folder: Path) -> tuple[int, int] | None:
@@ -61,7 +58,7 @@ def _cached_counts(run: RunConfig, folder: Path) -> tuple[int, int] | None:
     try:
         tokenizer = load_tokenizer(folder, run.model)
         train_only = run.model_copy(update={"data": run.data.model_copy(update={"eval": None})})
-        rows = token_rows(train_only, tokenizer, Checks(), poll_alone=partial(not_cached))
+        rows = token_rows(train_only, tokenizer, Checks(), poll_alone=not_cached)
     except (_NotTokenized, UserError):  # a folder with only config.json, data that is elsewhere: not needed here
         return None
     if TRAIN not in rows:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-GIB, GB = 2**30, 1e9
+from qvtune.config.zero_stage import GIB
+
+GB = 1e9
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.mixture import JoinedRows, RowOrder, Rows
 from qvtune.data.rows import BadRows, Row
-from qvtune.data.sources.source import HUB, open_source, read_rows
+from qvtune.data.sources.source import HUB, Source, open_source, read_rows
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
@@ -86,11 +86,7 @@ def _labels(task: Task, config: RunConfig) -> tuple[str, ...]:
 
 def _training_rows(config: RunConfig) -> Iterator[Row]:
     for source in config.data.train_sources:
-        bad, num_good = BadRows(source.path, config.data.on_bad_row), 0
-        for row in read_rows(open_source(source), bad):
-            num_good += 1
-            yield row
-        bad.check(num_good)
+        yield from _checked_rows(open_source(source), config)
 
 
 def token_rows(
@@ -103,11 +99,12 @@ def token_rows(
     ``poll``, ``poll_alone``: as those of ``preflight``.
     """
     found: dict[str, Rows] = {}
+    only_read = tokenizer is None or get_task(config.task, config.classification).needs_labels
     for setting, sources in data_sets(config).items():
         parts = []
         for source in sources:
             poll()
-            if tokenizer is None or get_task(config.task, config.classification).needs_labels:
+            if only_read:
                 checks.run(partial(check_rows, setting, source, config))
             else:
                 parts.append(
@@ -141,9 +138,17 @@ def check_rows(setting: str, source: SourceSection, config: RunConfig, max_rows:
         opened = open_source(source)
         if max_rows is not None and opened.kind == HUB:
             return
-        bad = BadRows(source.path, config.data.on_bad_row)
-        num_good = sum(1 for _ in read_rows(opened, bad, max_rows=max_rows))
-        bad.check(num_good)
+        for _ in _checked_rows(opened, config, max_rows):
+            pass
+
+
+def _checked_rows(source: Source, config: RunConfig, max_rows: int | None = None) -> Iterator[Row]:
+    """The good rows of a source, or of its first ``max_rows`` records. Raises UserError at their end for bad ones."""
+    bad, num_good = BadRows(source.settings.path, config.data.on_bad_row), 0
+    for row in read_rows(source, bad, max_rows=max_rows):
+        num_good += 1
+        yield row
+    bad.check(num_good)
 
 
 def row_order(config: RunConfig, rows: Rows) -> RowOrder:
@@ -152,13 +157,13 @@ def row_order(config: RunConfig, rows: Rows) -> RowOrder:
     return RowOrder([len(part) for part in _parts(rows)], weights, config.train.seed)
 
 
-def max_steps(config: RunConfig, rows: Rows) -> int:
-    """Optimizer steps of the run. An epoch has as many rows as all sources together."""
+def max_steps(config: RunConfig, num_rows: int) -> int:
+    """Optimizer steps of the run. An epoch has ``num_rows``, as many as all sources together."""
     train = config.train
     if train.max_steps is not None:
         return train.max_steps
     assert train.epochs is not None
-    return max(1, math.ceil(train.epochs * len(rows) / train.global_batch_size))
+    return max(1, math.ceil(train.epochs * num_rows / train.global_batch_size))
 
 
 def data_statistics(config: RunConfig, rows: Mapping[str, Rows]) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def data_statistics(config: RunConfig, rows: Mapping[str, Rows]) -> dict[str, An
         of_sources = zip(sources, _parts(rows[setting]), strict=True)
         parts = [{"source": source.path, **part.statistics} for source, part in of_sources]
         if setting == TRAIN:
-            num_visited = max_steps(config, rows[TRAIN]) * config.train.global_batch_size
+            num_visited = max_steps(config, len(rows[TRAIN])) * config.train.global_batch_size
             passes = row_order(config, rows[TRAIN]).passes(num_visited)
             for source, part, value in zip(sources, parts, passes, strict=True):
                 part |= {"passes": value} if source.weight is None else {"passes": value, "weight": source.weight}

@@ -114,7 +114,7 @@ def preflight(
         eval_sets=eval_sets(config, rows),
         data_statistics=statistics,
         pad_token_id=padding_token(found.tokenizer),
-        max_steps=max_steps(config, rows[TRAIN]),
+        max_steps=max_steps(config, len(rows[TRAIN])),
     )
 
 

@@ -110,7 +110,7 @@ def require_base(conversion: Conversion, checksums: ContentChecksums) -> None:
     if expected is not None:
         content = _names_of_training(conversion, content)
         advice = f"{conversion.source.path} was trained on another base; give that one"
-        same_heads = "id2label" not in conversion.settings  # a classifier has a head of its own
+        same_heads = not conversion.is_classifier  # which has a head of its own
         fingerprint.require_same(expected, content, "the base (model.name_or_path)", advice, same_heads=same_heads)
 
 

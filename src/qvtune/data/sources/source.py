@@ -118,16 +118,13 @@ def open_source(settings: SourceSection) -> Source:
     return source
 
 
-def read_rows(
-    source: Source, bad: BadRows, between_rows: Callable[[], None] = lambda: None, max_rows: int | None = None
-) -> Iterator[Row]:
+def read_rows(source: Source, bad: BadRows, max_rows: int | None = None) -> Iterator[Row]:
     """The rows of a source that can be used, or of its first ``max_rows`` records; the others are added to ``bad``.
 
     Raises UserError where the source cannot be read at all.
     """
     parser = source.parser()
     for record in islice(source.records(), max_rows):
-        between_rows()
         try:
             row = parser.parse(record)
         except BadRowError as error:
