@@ -16,20 +16,17 @@ world_info() {
     done | paste -s -d , | sed 's/.*/{&}/' | base64 --wrap 0 | tr '+/' '-_'
 }
 
-# Slurm signals every process of the step, and the ranks stop on request. SIGUSR1 would kill the launcher, and so would
-# SIGTERM until the launcher handles it: it then forwards it, waits, and returns 1 whatever the ranks return. Ranks that do
-# not exist yet, or have no signal handler yet, read the request from the file when they start.
+# Slurm signals every process of the step, and the ranks stop on request. Ranks that do not exist yet read the request from
+# the file when they start.
 stop_folder=$(mktemp -d) || exit
 trap 'rm -r "$stop_folder"' EXIT
 export QVTUNE_STOP_FILE=$stop_folder/signal
-asked=''
-trap 'asked=yes; echo SIGTERM >"$QVTUNE_STOP_FILE"' TERM
-trap 'asked=yes; echo SIGUSR1 >"$QVTUNE_STOP_FILE"' USR1
+trap 'echo SIGTERM >"$QVTUNE_STOP_FILE"' TERM
+trap 'echo SIGUSR1 >"$QVTUNE_STOP_FILE"' USR1
 (
     trap '' TERM USR1
-    # What `deepspeed --no_ssh` starts on each node: one interpreter less, and the launcher's own exit code, which
-    # `deepspeed` turns into 0 if a signal has killed the launcher.
-    exec python -u -m deepspeed.launcher.launch --world_info "$(world_info)" --node_rank "$SLURM_NODEID" \
+    # Not `deepspeed --no_ssh`: that is one interpreter more, and turns the code of a launcher killed by a signal into 0.
+    exec python -u -m qvtune.distributed.node_launcher --world_info "$(world_info)" --node_rank "$SLURM_NODEID" \
         --master_addr "${QVTUNE_HOSTS%% *}" --master_port "$QVTUNE_MASTER_PORT" --log_level warning \
         --no_python --no_local_rank bash "${BASH_SOURCE%/*}/rank.sh" "$@"
 ) &
@@ -39,8 +36,6 @@ wait "$launcher"
 code=$?
 
 ((code > 192)) && code=$((384 - code)) # a rank killed by signal n: -n for the launcher, 128 + n for a shell
-# 143: a rank without a handler yet, or with a second request
-[[ $asked && ($code == 1 || $code == 143) ]] && code=75
 if ((code)); then
     now=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' Restarts=[0-9]*')
     if [[ $now && $now != " Restarts=${SLURM_RESTART_COUNT:-0}" ]]; then
@@ -63,4 +58,6 @@ case $code in
             scancel --batch --signal=USR2 "$SLURM_JOB_ID"
         ;;
 esac
+# srun then stops the other nodes, whose ranks may return 75, and returns the highest code of all nodes: an error must win.
+((code == 1)) && code=101
 exit "$code"

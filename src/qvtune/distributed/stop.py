@@ -75,7 +75,7 @@ def _deepspeed_launcher() -> tuple[int, ...]:
     exit of any other parent, such as a shell, is not.
     """
     parent = os.getppid()
-    if "deepspeed.launcher.launch" not in _command(parent):
+    if not {"deepspeed.launcher.launch", "qvtune.distributed.node_launcher"} & set(_command(parent)):
         return ()
     grandparent = _parent(parent)
     return (parent, grandparent) if "deepspeed" in (Path(word).name for word in _command(grandparent)) else (parent,)

@@ -1,8 +1,7 @@
 """The signals that request a stop, recorded from the start of a command until ``StopRequest`` handles them.
 
 Python first imports torch, transformers and DeepSpeed for about ten seconds. Without a handler SIGUSR1 would kill the
-process in that time; under slurm/node.sh, whose child processes ignore it, it would be lost. This module imports
-nothing that takes time.
+process in that time; under slurm/node.sh the signals are blocked until then. This module imports nothing that takes time.
 """
 
 import os
@@ -57,6 +56,7 @@ def listen(received: Received, handler: Callable[[signal.Signals], object] = lam
     signal.set_wakeup_fd(write_end)  # Python writes each signal's number to the pipe before it calls the handler
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: handler(signal.Signals(number)))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by qvtune.distributed.node_launcher
 
     def read() -> None:
         while True:
