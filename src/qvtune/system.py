@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 4 * 2**20  # glibc's malloc.h; setting it also stops it from moving
+_CGROUPS = {  # controllers in /proc/self/cgroup -> mount point, file of a group's limit, file of its usage
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 @contextmanager
@@ -56,6 +60,21 @@ def peak_rss_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes of host memory that this process may still allocate: of the machine, and within its control groups."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = [int(lines["MemAvailable"].split()[0]) * 1024]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, version 1
+            root, limit, used = _CGROUPS[controllers]
+            group = Path(root, path.lstrip("/"))
+            for folder in (group, *group.parents):
+                if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()) != "max":
+                    free.append(int(text) - int((folder / used).read_text()))
+    return min(free)
 
 
 @contextmanager

@@ -116,6 +116,33 @@ def test_early_stopping_needs_evaluations(tmp_path: Path, overrides: list[str]) 
     load_config(write(tmp_path, SMALLEST), ["train.early_stopping=3", "train.eval_every=5", "data.eval=demo"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.generate={}"], "train.generate` is {}; it must have exactly one of prompts, file and rows"),
+        (["train.generate={prompts: [a], rows: 3}"], "must have exactly one of prompts, file and rows"),
+        (["train.generate={prompts: []}"], "`train.generate.prompts` is []"),
+        (["train.generate.rows=3"], "train.generate.rows are rows of data.eval, which is not set"),
+        (["train.generate={rows: 3, final_answer: '(('}", "data.eval=demo"], "must be a regular expression ("),
+        (["train.generate={rows: 3, final_answer: x}", "data.eval=demo"], "must have one group, in parentheses"),
+        (["train.best_metric=exact_match"], "with best_metric: exact_match must have generate.rows"),
+        (
+            ["task=sequence_classification", "train.generate={prompts: a}"],
+            "task: sequence_classification generates no text and has its own classification.metric: train.generate",
+        ),
+        (["train.generate={promts: [a]}"], "did you mean `train.generate.prompts`?"),
+    ],
+)
+def test_answers_that_cannot_be_generated(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in only_problem(tmp_path, SMALLEST, *overrides)
+
+
+def test_one_prompt_or_several(tmp_path: Path) -> None:
+    for written, prompts in (("a b", ("a b",)), ("[a, b]", ("a", "b"))):
+        config = load_config(write(tmp_path, SMALLEST), [f"train.generate.prompts={written}"])
+        assert config.train.generate is not None and config.train.generate.prompts == prompts
+
+
 @pytest.mark.parametrize("setting", ["as_in_paper=true", "head_weight_decay=0.1"])
 def test_a_setting_of_a_head_needs_a_head(tmp_path: Path, setting: str) -> None:
     with pytest.raises(UserError, match=rf"no classification head: optimizer\.{setting.partition('=')[0]} must not"):

@@ -3,6 +3,7 @@
 import pytest
 
 from qvtune.config.data import SourceSection
+from qvtune.config.generate import GenerateSection
 from qvtune.config.schema import RunConfig
 from qvtune.config.settings import SOURCE_SECTION, TOP_LEVEL, markdown, sections, show_settings
 from qvtune.errors import UserError
@@ -18,8 +19,9 @@ def shown(capsys: pytest.CaptureFixture[str], section: str = "") -> str:
 def test_every_setting_is_there_once_with_its_meaning() -> None:
     named = [setting.name for settings in sections().values() for setting in settings]
     groups = set(sections()) - {TOP_LEVEL, SOURCE_SECTION}
-    of_a_source = [f"{SOURCE_SECTION}.{name}" for name in SourceSection.model_fields]
-    assert sorted(named) == sorted({*SETTINGS, *of_a_source} - groups)
+    optional = {SOURCE_SECTION: SourceSection, "train.generate": GenerateSection}
+    inside = [f"{path}.{name}" for path, section in optional.items() for name in section.model_fields]
+    assert sorted(named) == sorted({*SETTINGS, *inside} - groups)
     unexplained = [one.name for settings in sections().values() for one in settings if len(one.description) < 10]
     assert unexplained == []
 
@@ -37,6 +39,8 @@ def test_every_setting_is_there_once_with_its_meaning() -> None:
         ("optimizer.betas", "list of 2: number >= 0, < 1", "[0.9, 0.999]"),
         ("schedule.warmup_ratio", "number >= 0, <= 1", "0.03"),
         ("train.max_steps", "whole number > 0 or null", "null"),
+        ("train.generate.prompts", "text, or list of texts or null", "null"),
+        ("train.generate.max_new_tokens", "whole number > 0", "128"),
         ("data.train", "text, source, or list of these", "demo"),
         ("data.train.columns", "mapping: text -> text or whole number > 0", "{}"),
         ("data.eval", "text, source, list of these, mapping: name of a set -> these, or null", "null"),

@@ -65,11 +65,12 @@ def test_a_line_that_a_crash_cut_off_is_removed(tmp_path: Path) -> None:
     assert [entry["step"] for entry in read_metrics(tmp_path, "step")] == [1, 2]
 
 
-def test_tensorboard_gets_steps_and_evaluations(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_numbers_of_steps_evaluations_and_generations(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, first_step=1)
     log.write("run_start", step=0)
     log.write("step", step=1, loss=2.5, lr={"q": 0.125, "v": 0.5})
     log.write("eval", step=1, loss=2.25, sets={"a": {"loss": 2.25}, "b": {"loss": 3.0}})
+    log.write("generation", step=1, exact_match=0.5, answers=[{"answer": "yes"}])
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -81,6 +82,7 @@ def test_tensorboard_gets_steps_and_evaluations(tmp_path: Path) -> None:
         "eval/loss": [(1, 2.25)],
         "eval/sets/a/loss": [(1, 2.25)],
         "eval/sets/b/loss": [(1, 3.0)],
+        "generation/exact_match": [(1, 0.5)],
     }
 
 

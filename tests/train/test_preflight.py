@@ -143,6 +143,7 @@ def all_wrong(make_config: MakeConfig, tmp_path: Path) -> RunConfig:
         optimizer__lr_multipliers={"k": 2.0},
         checkpoint={"resume": "always"},
         data__eval=str(tmp_path / "none.jsonl"),
+        train__generate={"file": "none.txt"},
     )
 
 
@@ -152,6 +153,7 @@ EXPECTED = (
     "optimizer.lr_multipliers: 'k' decides for no trained parameter",
     "rows.jsonl:1: not JSON",
     "data.eval: cannot read",
+    "train.generate.file: none.txt: cannot be read",
 )
 
 
@@ -164,6 +166,21 @@ def test_all_problems_of_settings_model_and_data_are_one_message(tmp_path: Path,
     expected = (*EXPECTED, "flash_attention_2 needs a CUDA device")
     assert [part for part in expected if not any(part in problem for problem in raised.value.problems)] == []
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("stage", "is_gathered"), [("zero3.json", True), ("zero2.json", False)])
+def test_a_base_that_does_not_fit_whole_generates_nothing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, is_gathered: bool
+) -> None:
+    """Where it is sharded; with ZeRO-2 it is whole already."""
+    monkeypatch.setattr("qvtune.train.preflight.free_on_device", lambda: 100_000)
+    config = make_config(train__generate={"prompts": ["what"]}, deepspeed=stage)
+    if is_gathered:
+        with pytest.raises(UserError, match=r"train\.generate: each rank gathers the base \(0\.00 GB\).* are free for"):
+            preflight(config, world_size=2)
+    else:
+        assert [prompt.text for prompt in preflight(config, world_size=2).prompts] == ["what"]
 
 
 def test_a_weighted_mixture_and_named_evaluation_sets(

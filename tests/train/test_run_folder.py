@@ -106,7 +106,15 @@ def test_what_does_not_decide_the_losses_may_change(tmp_path: Path) -> None:
         checkpoint={"keep": 7},
         model={"attention": "eager"},
         data={"eval": "demo"},
-        train={"epochs": 2, "micro_batch_size": 2, "eval_every": 5, "save_every": 5, "activation_checkpointing": True},
+        train={
+            "epochs": 2,
+            "micro_batch_size": 2,
+            "eval_every": 5,
+            "save_every": 5,
+            "activation_checkpointing": True,
+            "generate": {"prompts": ["hello"]},
+            "best_metric": "token_accuracy",
+        },
     )
     assert find_resume(changed) == step_folder(run_dir / "checkpoints", 2)
 

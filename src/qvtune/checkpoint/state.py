@@ -26,7 +26,8 @@ TrainedState = dict[str, dict[str, torch.Tensor]]
 class TrainerState:
     """Counters of a run: ``step`` of ``max_steps`` are complete.
 
-    ``evaluations``: step -> metrics. ``trajectory``: the settings that decide the losses.
+    ``evaluations``: step -> metrics. ``generated_at``: the last step after which prompts were answered; -1: none.
+    ``trajectory``: the settings that decide the losses.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class TrainerState:
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     trajectory: dict[str, Any] = field(default_factory=dict)
     max_steps: int = 0
+    generated_at: int = -1
 
 
 def save(

@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from pydantic_core import PydanticCustomError
 
 from qvtune.config.data import DataSection as DataSection
+from qvtune.config.generate import GenerateSection
 from qvtune.config.section import Beta, NonNegative, Number, Positive, PositiveNumber, Ratio, Section
 
 Projection = Literal["q", "k", "v", "o"]
@@ -147,14 +148,26 @@ class TrainSection(Section):
         description="end the run after so many evaluations in a row without a better value of the metric that decides "
         "which checkpoint is the best; null = never",
     )
+    best_metric: Literal["auto", "loss", "token_accuracy", "exact_match"] = Field(
+        default="auto",
+        description="decides which checkpoint is the best; auto = loss, with sequence_classification "
+        "classification.metric; exact_match = of the answers to train.generate.rows",
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, about 50 % more computation"
     )
+    generate: GenerateSection | None = Field(default=None, description="answers while training; null = none")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.epochs is None):
             raise PydanticCustomError("one_length", "must have exactly one of max_steps and epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _exact_match_needs_expected_answers(self) -> Self:
+        if self.best_metric == "exact_match" and (self.generate is None or self.generate.rows is None):
+            raise PydanticCustomError("no_answers", "with best_metric: exact_match must have generate.rows")
         return self
 
 
@@ -230,6 +243,22 @@ class RunConfig(Section):
     def _early_stopping_needs_evaluations(self) -> Self:
         if self.train.early_stopping is not None and (self.data.eval is None or not self.train.eval_every):
             raise PydanticCustomError("no_evaluations", "train.early_stopping needs data.eval and train.eval_every > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_to_answer(self) -> Self:
+        if self.train.generate is not None and self.train.generate.rows and self.data.eval is None:
+            raise PydanticCustomError("no_rows", "train.generate.rows are rows of data.eval, which is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _only_language_models_generate(self) -> Self:
+        given = {"generate": self.train.generate is not None, "best_metric": self.train.best_metric != "auto"}
+        if self.task != "causal_lm" and (names := [name for name, is_set in given.items() if is_set]):
+            reason = (
+                "task: {task} generates no text and has its own classification.metric: train.{names} must not be set"
+            )
+            raise PydanticCustomError("no_text", reason, {"task": self.task, "names": ", train.".join(names)})
         return self
 
     @model_validator(mode="after")

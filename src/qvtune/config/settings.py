@@ -47,6 +47,8 @@ def _models() -> dict[str, type[BaseModel]]:
         section = section_type(field.annotation)
         if section is not None:
             found[name] = section
+            inner = {f"{name}.{key}": section_type(one.annotation) for key, one in section.model_fields.items()}
+            found |= {path: model for path, model in inner.items() if model is not None}
         if section is DataSection:
             found[SOURCE_SECTION] = SourceSection
     return found

@@ -68,8 +68,7 @@ def _share_cores() -> None:
     On GPU machines too: there the CPU quantizes the base while it is loaded.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_host()))
 
 
 def stop() -> None:
@@ -97,6 +96,11 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which writes and prints."""
     return rank() == 0
+
+
+def ranks_of_host() -> int:
+    """Number of ranks on this host, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def device() -> torch.device:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -12,11 +11,7 @@ from qvtune.doctor.findings import Finding
 from qvtune.doctor.needs import Needs
 from qvtune.errors import UserError
 from qvtune.model.attention import choose_attention, choose_dtype
-
-_CGROUPS = {  # controllers in /proc/self/cgroup -> mount point, file of a group's limit, file of its usage
-    "": ("/sys/fs/cgroup", "memory.max", "memory.current"),
-    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-}
+from qvtune.system import free_memory
 
 
 def check_gpus(allocation: Allocation, environment: Mapping[str, str], num_cuda: int) -> list[Finding]:
@@ -70,7 +65,7 @@ def check_attention(model: ModelSection) -> tuple[list[Finding], dict[str, str]]
 
 def check_memory(allocation: Allocation, needs: Needs | None, on_gpus: bool) -> list[Finding]:
     """Compare free memory of host and GPUs with the needs of this node's ranks, activations excluded."""
-    free = _free_memory()
+    free = free_memory()
     if needs is None:
         return [Finding("memory", "ok", f"{free / 1e9:.1f} GB free; needs unknown without a base")]
     host, device = needs.split(on_gpus)
@@ -88,18 +83,3 @@ def _compare(check: str, free: int, needed: int, what: str) -> Finding:
     return Finding(
         check, "fail", detail, "use more nodes or ranks, which share the base; or request more memory (--mem=0)"
     )
-
-
-def _free_memory() -> int:
-    """Bytes that this process may still allocate: of the machine, and within its control groups."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = [int(lines["MemAvailable"].split()[0]) * 1024]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):  # version 2, version 1
-            root, limit, used = _CGROUPS[controllers]
-            group = Path(root, path.lstrip("/"))
-            for folder in (group, *group.parents):
-                if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()) != "max":
-                    free.append(int(text) - int((folder / used).read_text()))
-    return min(free)

@@ -8,9 +8,9 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends events to ``run_dir/metrics.jsonl`` and step and eval scalars to TensorBoard. For rank 0 alone.
+    """Appends events to ``run_dir/metrics.jsonl``; numbers of steps, evaluations and generations also to TensorBoard.
 
-    ``workspace``: as in qvtune/checkpoint/folder.py.
+    For rank 0 alone. ``workspace``: as in qvtune/checkpoint/folder.py.
     """
 
     def __init__(self, run_dir: Path, first_step: int, workspace: Path | None = None) -> None:
@@ -29,7 +29,7 @@ class MetricsLog:
         """Append one line and flush it: {"event", "time" (seconds since 1970), ...fields}."""
         self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
         self._file.flush()
-        if event in ("step", "eval"):
+        if event in ("step", "eval", "generation"):
             self._to_board(event, fields, fields["step"])
 
     def _to_board(self, event: str, fields: dict[str, Any], step: int) -> None:
@@ -37,7 +37,7 @@ class MetricsLog:
         for key, value in fields.items():
             if isinstance(value, dict):
                 self._to_board(f"{event}/{key}", value, step)
-            elif key != "step":
+            elif key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{event}/{key}", value, step)
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ def read_metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:
     for number, line in enumerate((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         entry = json.loads(line)
         if entry["event"] == event:
-            key = entry["step"] if event in ("step", "eval", "checkpoint") else number
+            key = entry["step"] if event in ("step", "eval", "generation", "checkpoint") else number
             events.pop(key, None)
             events[key] = entry
     return list(events.values())

@@ -3,6 +3,7 @@
 from types import TracebackType
 from typing import Self
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvtune.console import console
@@ -35,8 +36,8 @@ class StepDisplay:
     ) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
+    def say(self, text: RenderableType) -> None:
+        """Print a line, or a table, above the bar."""
         if not self._progress.disable:
             self._progress.console.print(text)
 

@@ -17,11 +17,13 @@ from qvtune.distributed import process_group
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
 from qvtune.optim.schedule import multiplier
+from qvtune.report.answers import answers_table
 from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
 from qvtune.system import peak_rss_bytes
-from qvtune.train.early_stopping import without_improvement
+from qvtune.train.early_stopping import followed_metric, without_improvement
 from qvtune.train.evaluate import as_text, evaluate_sets
+from qvtune.train.generate import generate
 from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
 
@@ -55,6 +57,7 @@ def train(config: RunConfig) -> int:
             elif config.data.packing:
                 display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
             _evaluate_if_due(run, config, stop, display, record)
+            _generate_if_due(run, config, stop, display, record)
 
             while state.step < last_step:
                 started = time.monotonic()
@@ -72,11 +75,11 @@ def train(config: RunConfig) -> int:
                 record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
 
                 _evaluate_if_due(run, config, stop, display, record)
+                _generate_if_due(run, config, stop, display, record)
                 if _ends_early(run, config):
                     last_step = state.step
-                    display.say(
-                        f"step {state.step}: no better {run.plan.task.metric} for {settings.early_stopping} evaluations"
-                    )
+                    metric = followed_metric(settings, run.plan.task)[0]
+                    display.say(f"step {state.step}: no better {metric} for {settings.early_stopping} evaluations")
                 if state.step == last_step or _due(state.step, settings.save_every):
                     _save(run, config, display, record)
                     saved_step = state.step
@@ -172,31 +175,52 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
         return
     size = config.train.micro_batch_size
     found, seconds = evaluate_sets(run.engine, plan.task, plan.eval_sets, size, plan.pad_token_id, stop.poll)
-    first = next(iter(found.values()))  # what `loss` is, and what `best` follows
+    first = dict(next(iter(found.values())))  # what `loss` is, and what `best` follows
     state.evaluations[state.step] = first
     display.say(f"step {state.step}: evaluation {as_text(found)} ({seconds:.1f} s)")
     record("eval", step=state.step, **first, seconds=seconds, **({"sets": found} if len(found) > 1 else {}))
     if run.owner is not None:
         with run.owner.writing() as workspace:
-            _mark_best(run, workspace)
+            _mark_best(run, config, workspace)
 
 
-def _mark_best(run: Run, workspace: Path) -> None:
-    """``checkpoints/best`` follows the metric of the task."""
-    checkpoint_folder.mark_best(run.run_dir / "checkpoints", _values(run), run.plan.task.higher_is_better, workspace)
+def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
+    """Before the first step, after the last, and every ``generate.every`` steps; or where that was interrupted."""
+    state, plan, settings = run.state, run.plan, config.train.generate
+    if settings is None or run.whole is None or state.generated_at == state.step:
+        return
+    every = config.train.eval_every if settings.every is None else settings.every
+    if not (state.step in (0, plan.max_steps) or _due(state.step, every) or _ends_early(run, config)):
+        return
+    found = generate(run.whole, run.engine, plan.prompts, settings, plan.tokenizer, stop)
+    state.generated_at = state.step
+    display.say(answers_table(state.step, found.fields()))
+    record("generation", step=state.step, **found.fields())
+    if found.exact_match is not None:
+        state.evaluations.setdefault(state.step, {})["exact_match"] = found.exact_match
+        if run.owner is not None:
+            with run.owner.writing() as workspace:
+                _mark_best(run, config, workspace)
 
 
-def _values(run: Run) -> dict[int, float]:
-    """Step -> the metric of the task, of all evaluations so far."""
-    return {step: metrics[run.plan.task.metric] for step, metrics in run.state.evaluations.items()}
+def _mark_best(run: Run, config: RunConfig, workspace: Path) -> None:
+    """``checkpoints/best`` follows the metric of the task, or ``train.best_metric``."""
+    _, higher_is_better = followed_metric(config.train, run.plan.task)
+    checkpoint_folder.mark_best(run.run_dir / "checkpoints", _values(run, config), higher_is_better, workspace)
+
+
+def _values(run: Run, config: RunConfig) -> dict[int, float]:
+    """Step -> the metric that is followed, of all evaluations so far that have it."""
+    name, _ = followed_metric(config.train, run.plan.task)
+    return {step: metrics[name] for step, metrics in run.state.evaluations.items() if name in metrics}
 
 
 def _ends_early(run: Run, config: RunConfig) -> bool:
-    """Whether the metric of the task has not become better for ``train.early_stopping`` evaluations."""
-    patience, values = config.train.early_stopping, _values(run)
+    """Whether the metric that is followed has not become better for ``train.early_stopping`` evaluations."""
+    patience, values = config.train.early_stopping, _values(run, config)
     if patience is None or not values:
         return False
-    return without_improvement(values, run.plan.task.higher_is_better) >= patience
+    return without_improvement(values, followed_metric(config.train, run.plan.task)[1]) >= patience
 
 
 def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
@@ -214,7 +238,7 @@ def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> 
                 lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint),
                 workspace,
             )
-            _mark_best(run, workspace)
+            _mark_best(run, config, workspace)
             checkpoint_folder.prune(checkpoints, config.checkpoint.keep, workspace)
     process_group.barrier()
     seconds = time.monotonic() - started

@@ -21,8 +21,10 @@ from qvtune.errors import UserError, naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import choose_attention, choose_dtype
 from qvtune.model.loader import open_base
+from qvtune.model.shard import resident_bytes
 from qvtune.model.skeleton import largest_layer_numel, require_forward
 from qvtune.model.source import cached_model_folder, model_folder
+from qvtune.model.whole import cache_bytes, free_on_device, require_room
 from qvtune.optim.groups import parameter_groups
 from qvtune.tasks import get_task
 from qvtune.tasks.task import Task
@@ -44,6 +46,7 @@ from qvtune.train.data import (
     token_rows,
     with_labels,
 )
+from qvtune.train.prompts import GENERATE, Prompt, load_prompts, prompt_texts
 from qvtune.train.run_folder import find_resume, require_same_rows
 
 _FIRST_ROWS = 1000  # read of each data set where rows are not tokenized
@@ -55,7 +58,7 @@ class Plan:
 
     ``config`` is the run's, with the labels of the training rows where the task needs them. ``deepspeed_config`` is
     complete; ``resume`` is the checkpoint as found now (who takes the run folder looks again); ``data_statistics`` is
-    the content of ``run_dir/data.json``.
+    the content of ``run_dir/data.json``; ``prompts`` are those of ``train.generate``, which may be none.
     """
 
     config: RunConfig
@@ -69,6 +72,8 @@ class Plan:
     order: RowOrder
     eval_sets: dict[str, Rows]
     data_statistics: dict[str, Any]
+    tokenizer: Any
+    prompts: list[Prompt]
     pad_token_id: int
     max_steps: int
 
@@ -97,22 +102,26 @@ def preflight(
     found = _inspect(config, world_size, on_gpus, checks)
     rows = token_rows(config, found.tokenizer, checks, poll, poll_alone)
     statistics = checks.run_on_main(partial(_statistics, config, rows, found.resume)) if TRAIN in rows else None
+    sharded = found.deepspeed_config is not None and found.deepspeed_config["zero_optimization"]["stage"] == 3
+    prompts, room = _prompts(config, found, world_size if sharded and on_gpus is None else None, checks)
     checks.raise_all()
-    assert found.folder is not None and found.deepspeed_config is not None and found.layer_numel is not None
+    assert found.folder is not None and found.deepspeed_config is not None and found.model is not None
     assert statistics is not None
-    _log(found, statistics)
+    _log(found, statistics, room)
     return Plan(
         config=config,
         task=get_task(config.task, config.classification),
         folder=found.folder,
         attention=found.attention,
         dtype=found.dtype,
-        deepspeed_config=fill_from_model(found.deepspeed_config, found.layer_numel),
+        deepspeed_config=fill_from_model(found.deepspeed_config, found.model.layer_numel),
         resume=found.resume,
         rows=rows[TRAIN],
         order=row_order(config, rows[TRAIN]),
         eval_sets=eval_sets(config, rows),
         data_statistics=statistics,
+        tokenizer=found.tokenizer,
+        prompts=prompts,
         pad_token_id=padding_token(found.tokenizer),
         max_steps=max_steps(config, len(rows[TRAIN])),
     )
@@ -128,7 +137,29 @@ def find_problems(config: RunConfig, world_size: int, *, on_gpus: bool | None = 
     for setting, sources in data_sets(config).items():
         for source in sources:
             checks.run(partial(check_rows, setting, source, config, max_rows=_FIRST_ROWS))
+    if (settings := config.train.generate) is not None:
+        checks.run(lambda: prompt_texts(settings))
     return checks.found
+
+
+def _prompts(
+    config: RunConfig, found: "_Inspected", num_ranks: int | None, checks: Checks
+) -> tuple[list[Prompt], str | None]:
+    """The prompts of ``train.generate``, and what answering them takes of the memory; collective.
+
+    ``num_ranks`` shard the base on this machine; None where the base is not sharded, or somewhere else.
+    """
+    settings, model = config.train.generate, found.model
+    if settings is None or found.tokenizer is None:
+        return [], None
+    prompts = checks.run_on_main(partial(load_prompts, config, found.tokenizer)) or []
+    if not prompts or model is None or num_ranks is None:
+        return prompts, None
+    tokens = settings.batch_size * (max(len(one.ids) for one in prompts) + settings.max_new_tokens)
+    cache = cache_bytes(model.config, tokens, found.dtype)
+    free = min(process_group.all_gather_object(free_on_device())) - model.num_bytes // num_ranks
+    room = checks.run_on_main(lambda: naming_setting(GENERATE)(require_room)(model.num_bytes, cache, free))
+    return prompts, room and f"{GENERATE}: {len(prompts)} prompts; {room}"
 
 
 def _statistics(config: RunConfig, rows: Mapping[str, Rows], resume: Path | None) -> dict[str, Any]:
@@ -140,11 +171,17 @@ def _statistics(config: RunConfig, rows: Mapping[str, Rows], resume: Path | None
 
 
 @dataclass(frozen=True)
-class _Inspected:
-    """What is known before any row is read; None where a problem has been found.
+class _Model:
+    """transformers' configuration; stored elements of the largest decoder layer; bytes of the whole base."""
 
-    ``layer_numel``: stored elements of the largest decoder layer.
-    """
+    config: Any
+    layer_numel: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """What is known before any row is read; None where a problem has been found."""
 
     dtype: torch.dtype
     attention: str
@@ -152,7 +189,7 @@ class _Inspected:
     deepspeed_config: dict[str, Any] | None
     resume: Path | None
     folder: Path | None
-    layer_numel: int | None
+    model: _Model | None
     tokenizer: Any
 
 
@@ -168,9 +205,9 @@ def _inspect(
     checks.run(lambda: _check_nan_check(config, deepspeed_config))
     resume = checks.run_on_main(lambda: find_resume(config))
     folder = find_base(config, checks, find_model)
-    layer_numel = tokenizer = None
+    model = tokenizer = None
     if folder is not None:
-        layer_numel = _check_model(folder, config, dtype, checks)
+        model = _check_model(folder, config, dtype, checks)
         tokenizer = checks.run(partial(load_tokenizer, folder, config.model))
     return _Inspected(
         dtype=dtype,
@@ -179,7 +216,7 @@ def _inspect(
         deepspeed_config=deepspeed_config,
         resume=resume,
         folder=folder,
-        layer_numel=layer_numel,
+        model=model,
         tokenizer=tokenizer,
     )
 
@@ -195,7 +232,7 @@ def _check_nan_check(config: RunConfig, deepspeed_config: dict[str, Any] | None)
         )
 
 
-def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Checks) -> int | None:
+def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Checks) -> _Model | None:
     """Weights against architecture, model against task, groups against projections, on a skeleton without memory."""
     named = naming_setting(BASE)
     task, seed = get_task(config.task, config.classification), config.train.seed
@@ -204,13 +241,16 @@ def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Ch
         return None
     checks.run(lambda: named(require_forward)(base.model.config, config.model, task.head(seed)))
     checks.run(partial(_check_task, task, base.model.config, config.data.max_length))
-    layer_numel = largest_layer_numel(base.skeleton)  # before adapters are in the layers
+    num_bytes = sum(resident_bytes(parameter) for parameter in base.skeleton.parameters())
+    model = _Model(
+        base.model.config, largest_layer_numel(base.skeleton), num_bytes
+    )  # before adapters are in the layers
     adapted = checks.run(
         lambda: add_adapters(base.model, config.adapter, str(folder), seed, new_modules=base.new_modules)
     )
     if adapted is not None:
         checks.run(lambda: parameter_groups(trainable(adapted), config.optimizer))
-    return layer_numel
+    return model
 
 
 def _check_task(task: Task, model_config: Any, max_length: int) -> None:
@@ -218,9 +258,11 @@ def _check_task(task: Task, model_config: Any, max_length: int) -> None:
         raise UserError(problems)
 
 
-def _log(found: _Inspected, statistics: Mapping[str, Any]) -> None:
+def _log(found: _Inspected, statistics: Mapping[str, Any], room: str | None) -> None:
     if process_group.is_main():
         console().print(found.reasons)
         for setting, one in statistics.items():
             for line in describe(one):
                 console().print(f"{setting}: {line}", markup=False)
+        if room is not None:
+            console().print(room)

@@ -20,6 +20,7 @@ from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.fingerprint import Fingerprint, require_unchanged
 from qvtune.model.loader import LoadReport, fill, open_base
 from qvtune.model.shard import Whole, ZeroPartition
+from qvtune.model.whole import WholeModel
 from qvtune.optim.groups import assert_multipliers, groups_table, parameter_groups
 from qvtune.storage.paths import cache_dir
 from qvtune.train.preflight import Plan, preflight
@@ -38,6 +39,7 @@ class Run:
     state: TrainerState
     load: LoadReport
     fingerprint: Fingerprint
+    whole: WholeModel | None  # of a run that generates
 
 
 def prepare(config: RunConfig, stop: StopRequest) -> Run:
@@ -49,6 +51,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     model, load, content = _load_model(config, planned, stop)
     stop.poll()
     config = planned.config
+    whole = _whole_model(config, planned) if planned.prompts else None
     resume, owner = open_run_folder(config, planned.deepspeed_config, planned.data_statistics, planned.resume)
     if resume is not None:
         checkpoint_engine.load_trained(resume, model)
@@ -59,7 +62,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     else:
         state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
     engine = _start_engine(model, config, planned, resume, state)
-    return Run(engine, planned, Path(config.run_dir), owner, resume, state, load, content)
+    return Run(engine, planned, Path(config.run_dir), owner, resume, state, load, content, whole)
 
 
 def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:
@@ -96,6 +99,11 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
     if config.train.activation_checkpointing:
         base.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return model, load, content
+
+
+def _whole_model(config: RunConfig, planned: Plan) -> WholeModel:
+    base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
+    return WholeModel(add_adapters(base.model, config.adapter, str(planned.folder), config.train.seed), planned.folder)
 
 
 def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Path | None, state: TrainerState) -> Any:

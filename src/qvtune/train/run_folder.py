@@ -34,6 +34,8 @@ _FREE_SETTINGS = {
         "eval_every",
         "save_every",
         "early_stopping",
+        "best_metric",
+        "generate",
         "stop_after_step",
         "activation_checkpointing",
     },
