@@ -1,7 +1,8 @@
 """The signals that request a stop, recorded from the start of a command until ``StopRequest`` handles them.
 
 Python first imports torch, transformers and DeepSpeed for about ten seconds. Without a handler SIGUSR1 would kill the
-process in that time; under slurm/node.sh the signals are blocked until then. This module imports nothing that takes time.
+process in that time; under slurm/node.sh the signals are blocked until then. This module imports nothing that takes
+time.
 """
 
 import os
