@@ -69,11 +69,15 @@ def summed_loss(model: Any, row: PackedRow) -> torch.Tensor:
     return total
 
 
-def adapted_model(folder: Path) -> Any:
-    """LoRA on q and v, beside the values of 4-bit matrices; its first values as a run of seed 0 has them."""
+def adapted_model(folder: Path, *, quantized: bool = True, **lora: Any) -> Any:
+    """PEFT's adapter on q and v, beside the values of 4-bit matrices; its first values as a run of seed 0 has them.
+
+    ``lora``: more settings of PEFT's configuration.
+    """
+    base = rounded_model(folder) if quantized else plain_model(folder)
     torch.manual_seed(0)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-    return get_peft_model(rounded_model(folder), lora)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **lora)
+    return get_peft_model(base, config)
 
 
 def full_model(folder: Path, *, quantized: bool) -> Any:

@@ -36,11 +36,10 @@ def launches(one: Results, two: Results, three: Results) -> dict[str, Results]:
 
 
 class Reference:
-    """A run of ``CLASSIFIERS`` without this project's model, loss, loop and metrics."""
+    """A run without this project's model, loss, loop and metrics; ``lora``: more settings of PEFT's configuration."""
 
-    def __init__(self, lab: Lab, name: str) -> None:
-        family, kind, changes, _ = CLASSIFIERS[name]
-        self.is_regression = kind == "scores"
+    def __init__(self, lab: Lab, family: str, kind: str, changes: dict[str, Any], **lora: Any) -> None:
+        self.is_regression, self._lora = kind == "scores", lora
         self.config = RunConfig.model_validate(lab.config("reference", **classifier(lab, family, kind), **changes))
         labels = None if self.is_regression else LABELS
         section = ClassificationSection(labels=labels, problem=self.config.classification.problem)
@@ -89,6 +88,7 @@ class Reference:
             lora_alpha=8,
             target_modules=[family.projections["q"], family.projections["v"]],
             modules_to_save=["pooler"] if "bert.pooler" in new else None,
+            **self._lora,
         )
         return get_peft_model(base, lora)
 
@@ -162,7 +162,7 @@ def test_training_and_metrics_equal_transformers_peft_and_scikit_learn(
     lab: Lab, launches: dict[str, Results], name: str
 ) -> None:
     """Losses, norms of gradients and metrics before and after training; metrics are the same bits on all ranks."""
-    reference = Reference(lab, name)
+    reference = Reference(lab, *CLASSIFIERS[name][:3])
     expected = reference.evaluate()
     losses, grad_norms = reference.train()
     trained = reference.evaluate()
@@ -210,7 +210,7 @@ def test_patience_ends_a_run_and_survives_a_resume(lab: Lab, two: Results, two_l
 def test_a_checkpoint_is_a_classifier_for_peft(lab: Lab, two: Results) -> None:
     """Read by PEFT as it is, the head among ``modules_to_save``; a matrix that was trained itself is in a file of its
     own, with the head."""
-    reference = Reference(lab, "bert")
+    reference = Reference(lab, *CLASSIFIERS["bert"][:3])
     checkpoint = lab.run_dir("bert-on-two") / "checkpoints" / "latest"
     reference.model.load_adapter(checkpoint, "trained")
     reference.model.set_adapter("trained")

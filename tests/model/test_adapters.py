@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import RobertaConfig
 
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
 from qvtune.model.adapters import add_adapters, group_and_factor, saved_name, trainable
 from qvtune.model.families import FAMILIES
+from qvtune.model.head import HeadSettings
 from qvtune.model.loader import load_whole
+from qvtune.model.skeleton import mark_for_nf4, plain_skeleton
 from tests.support.tiny import make_model_folder
 
 
@@ -76,8 +79,9 @@ def test_the_method_decides_the_scaling(llama_folder: Path, method: Any, scaling
     torch.testing.assert_close(layer(hidden_states), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_saved_names_are_those_that_peft_writes(llama_folder: Path, tmp_path: Path) -> None:
-    model = adapted(llama_folder, AdapterSection(projections=("q", "v", "o")))
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_saved_names_are_those_that_peft_writes(llama_folder: Path, tmp_path: Path, method: Any) -> None:
+    model = adapted(llama_folder, AdapterSection(method=method, projections=("q", "v", "o")))
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {saved_name(name): parameter.shape for name, parameter in trainable(model)} == {
@@ -106,9 +110,44 @@ def test_group_and_factor_of_a_name() -> None:
     path = "base_model.model.model.layers.11.self_attn"
     assert group_and_factor(f"{path}.v_proj.lora_B.default.weight") == ("v", "B")
     assert group_and_factor(f"{path}.q_proj.lora_A.default.weight") == ("q", "A")
+    assert group_and_factor(f"{path}.q_proj.lora_magnitude_vector.default.weight") == ("q", "magnitude")
     path = "base_model.model.encoder.layer.3.attention"
     assert group_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
     assert group_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
     assert group_and_factor("model.layers.11.self_attn.v_proj.weight") == ("v", None)
     with pytest.raises(AssertionError, match="gate_proj"):
         group_and_factor("model.mlp.gate_proj.lora_A.default.weight")
+
+
+HEAD = 768 * 768 + 768 + 768 * 3 + 3  # of a RoBERTa for three labels: dense and out_proj
+FACTORS = 768 + 768  # A and B of rank 1
+# Method, projections, rank -> trained parameters, and the millions in the tables of arXiv 2410.02247, which counts the
+# head twice with LoRA (PEFT 0.5.0 did) and mostly cuts digits off.
+PAPER = [
+    ("dora", "qkv", 8, 12 * 3 * (8 * FACTORS + 768) + HEAD, 1.06),
+    ("dora", "qkv", 16, 12 * 3 * (16 * FACTORS + 768) + HEAD, 1.51),
+    ("dora", "qv", 8, 12 * 2 * (8 * FACTORS + 768) + HEAD, 0.90),
+    ("dora", "qv", 16, 12 * 2 * (16 * FACTORS + 768) + HEAD, 1.20),
+    ("lora", "qkv", 8, 12 * 3 * 8 * FACTORS + HEAD, 1.62),
+    ("lora", "qkv", 16, 12 * 3 * 16 * FACTORS + HEAD, 2.07),
+    ("lora", "qv", 8, 12 * 2 * 8 * FACTORS + HEAD, 1.48),
+    ("lora", "qv", 16, 12 * 2 * 16 * FACTORS + HEAD, 1.77),
+]
+
+
+@pytest.mark.parametrize(("method", "projections", "rank", "expected", "in_paper"), PAPER)
+def test_as_many_parameters_as_in_the_paper(
+    method: Any, projections: str, rank: int, expected: int, in_paper: float
+) -> None:
+    """Of RoBERTa-base with three labels, all but the head on the meta device."""
+    head, model = HeadSettings(("contradiction", "entailment", "neutral")), ModelSection()
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)  # and else as in BERT-base
+    skeleton: Any = plain_skeleton(config, model, torch.float32, "sdpa", head=head)
+    skeleton.classifier.to_empty(device="cpu")
+    mark_for_nf4(skeleton, model, torch.float32)
+    section = AdapterSection(method=method, projections=tuple(projections), rank=rank)
+    adapted_model = add_adapters(skeleton, section, "roberta-base", 0, "SEQ_CLS", ("classifier",))
+    found = sum(parameter.numel() for _, parameter in trainable(adapted_model))
+    assert HEAD == 592_899 and found == expected
+    as_counted = found + HEAD if method == "lora" else found
+    assert as_counted / 1e6 == pytest.approx(in_paper, abs=0.01)

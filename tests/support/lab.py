@@ -119,11 +119,11 @@ def change_one_weight(weights: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def add_encoders(lab: Lab) -> None:
+def add_encoders(lab: Lab, num_layers: int = 2) -> None:
     """``bert/`` and ``roberta/``, and rows with classes and with scores."""
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     for family in ENCODERS:
-        make_model_folder(lab.folder / family, family, hidden_size=60, **no_dropout)
+        make_model_folder(lab.folder / family, family, hidden_size=60, num_layers=num_layers, **no_dropout)
     for kind in ("classes", "scores"):
         _write_labelled_rows(lab.folder, kind, seed=2, num_rows=60)
         _write_labelled_rows(lab.folder / "eval", kind, seed=3, num_rows=13)

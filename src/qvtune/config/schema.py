@@ -50,9 +50,10 @@ _OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of low-rank factors; `ful
 class AdapterSection(Section):
     """Which parameters are trained."""
 
-    method: Literal["lora", "rslora", "full"] = Field(
+    method: Literal["lora", "rslora", "dora", "full"] = Field(
         default="lora",
-        description="lora = factors scaled by alpha/rank; rslora = by alpha/sqrt(rank); full = the matrices themselves",
+        description="lora = factors scaled by alpha/rank; rslora = by alpha/sqrt(rank); dora = as lora, and a trained "
+        "norm for each output; full = the matrices themselves",
     )
     projections: tuple[Projection, ...] = Field(
         default=("q", "v"), min_length=1, description="attention projections that are trained"

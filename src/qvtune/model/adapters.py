@@ -18,7 +18,8 @@ _LETTER_OF = {module: letter for family in FAMILIES.values() for letter, module 
 GROUPS = (*PROJECTIONS, HEAD)  # what a trained parameter can belong to
 _HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join((*HEADS, POOLER))})\.")
 _TRAINED_NAME = re.compile(
-    rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})\.(?:lora_(?P<factor>[AB])\.default\.)?weight$"
+    rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})"
+    r"\.(?:lora_(?P<factor>[AB]|magnitude)(?:_vector)?\.default\.)?weight$"
 )
 
 
@@ -67,10 +68,15 @@ def add_adapters(
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; its annotation says int
         lora_dropout=adapter.dropout,
         use_rslora=adapter.method == "rslora",
+        use_dora=adapter.method == "dora",
         target_modules=[family.projections[letter] for letter in adapter.projections],
         base_model_name_or_path=base_name,
         modules_to_save=[name for name in names if task_type != "SEQ_CLS" or name not in HEADS] or None,
     )
+    if adapter.method == "dora":
+        from qvtune.model.dora import DoraLinear
+
+        config._register_custom_module({nn.Linear: DoraLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
@@ -95,6 +101,7 @@ def is_of_head(parameter_name: str) -> bool:
 def group_and_factor(parameter_name: str) -> tuple[str, str | None]:
     """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor.
 
+    The factor of DoRA's magnitude vector is called ``magnitude``.
     Parameters of a head, and of the pooler that belongs to it, are in the group ``head``.
     """
     match = _TRAINED_NAME.search(parameter_name)
@@ -114,4 +121,6 @@ def group_pattern(group: str) -> str:
 
 def saved_name(parameter_name: str) -> str:
     """The name of a parameter in a checkpoint: that of PEFT's files; a matrix of the base has the base's own."""
-    return parameter_name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+    name = parameter_name.replace(".modules_to_save.default.", ".")
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    return name.replace(".default.weight", ".weight")

@@ -1,5 +1,7 @@
 """Which part of a flattened tensor a rank keeps, and how a part becomes a ZeRO-3 parameter."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -104,6 +106,16 @@ class ZeroPartition:
     def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         """As ``Placement``."""
         return [part.cpu() for part in process_group.all_gather_tensor(own.to(self.device))]
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """In this context frozen parameters are whole on every rank. Collective where ZeRO-3 has cut them."""
+    parameters = list(parameters)
+    if not any(hasattr(parameter, "ds_tensor") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return cast(AbstractContextManager[None], GatheredParameters(parameters))
 
 
 def resident_bytes(parameter: nn.Parameter) -> int:
