@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from qvtune.config.load import dump_config, load_config
 from qvtune.config.schema import RunConfig
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import UserError
@@ -125,6 +126,43 @@ def test_labels_that_do_not_fit_the_problem(
     with pytest.raises(UserError) as caught:
         preflight(make_classifier(labels, classification={"problem": problem}), 1)
     assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_task_of_glue_is_recognised_and_known(make_classifier: MakeConfig, tmp_path: Path) -> None:
+    """MRPC's file as it is published: the labels in GLUE's order, not sorted; written down as resolved."""
+    (tmp_path / "mrpc.tsv").write_text(
+        'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\t"hello\tworld\n0\t7\t8\thello\tworld\n',
+        encoding="utf-8-sig",
+    )
+    plan = preflight(make_classifier(data__train=str(tmp_path / "mrpc.tsv")), 1)
+    assert plan.config.classification.labels == ("not_equivalent", "equivalent")
+    assert sorted(plan.task.label_of(plan.rows[0], number) or "" for number in (0, 1)) == [
+        "equivalent",
+        "not_equivalent",
+    ]
+    (tmp_path / "recipe.yaml").write_text(dump_config(plan.config))
+    again = preflight(load_config(tmp_path / "recipe.yaml"), 1)
+    assert again.config == plan.config and again.data_statistics == plan.data_statistics
+    (tmp_path / "scores.jsonl").write_text('{"sentence1": "hello", "sentence2": "world", "label": 2.5}')
+    scores = {"path": str(tmp_path / "scores.jsonl"), "glue": "stsb"}
+    named = preflight(make_classifier(data__train=scores, data__eval={"here": scores}), 1)
+    assert named.task.metric == "pearson" and named.config.classification.problem == "regression"
+    assert list(named.eval_sets) == ["here"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_settings_that_a_task_of_glue_does_not_have(make_classifier: MakeConfig, tmp_path: Path) -> None:
+    """Beside what else is wrong."""
+    config = make_classifier(
+        data__train={"path": str(tmp_path / "labels.jsonl"), "glue": "stsb"},
+        data__max_length=300,
+        classification={"metric": "f1"},
+    )
+    with pytest.raises(UserError) as caught:
+        preflight(config, 1)
+    assert "must have with problem: regression one of the metrics auto, loss, pearson, spearman" in str(caught.value)
+    assert "more than the 256 positions" in str(caught.value)
 
 
 def test_a_classifier_is_checked_before_it_is_submitted(make_classifier: MakeConfig) -> None:

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from qvtune.config.glue import MATCHED, MISMATCHED, GlueName, is_official, task_in
 from qvtune.config.section import Integer, Positive, PositiveNumber, Section
 
 
@@ -30,10 +32,20 @@ LossOn = Literal["answers", "last_answer", "completion", "all"]
 class SourceSection(Section):
     """A source of rows, in `data.train` or `data.eval`. A text there is the same as `{path: TEXT}`."""
 
-    path: str = Field(description="file, folder or pattern (`rows/*.jsonl`); hub id (`owner/name`); or `demo`")
+    path: str = Field(
+        description="file, folder or pattern (`rows/*.jsonl`); hub id (`owner/name`); a task of GLUE (`glue/sst2`); or "
+        "`demo`"
+    )
+    glue: GlueName | None = Field(
+        default=None,
+        description="the rows are those of this task of GLUE, whose columns and labels are known; none = by the path "
+        "or the columns",
+    )
     name: str | None = Field(default=None, description="configuration of a hub data set, where it has several")
     split: str | None = Field(
-        default=None, description="split of a hub data set or of a folder; none = the only one; demo: train or eval"
+        default=None,
+        description="split of a hub data set or of a folder; none = the only one; demo: train or eval; GLUE: train, in "
+        "data.eval validation",
     )
     revision: str | None = Field(
         default=None, description="commit, tag or branch of a hub id; none = the newest version on the hub"
@@ -107,8 +119,8 @@ class DataSection(Section):
 
     train: Sources = Field(
         default="demo",
-        description="file, folder, pattern or hub id; `demo` = questions on the Python standard library; a source with "
-        "the settings below; or a list of these",
+        description="file, folder, pattern or hub id; `glue/sst2` = a task of GLUE; `demo` = questions on the Python "
+        "standard library; a source with the settings below; or a list of these",
     )
     eval: SourcesOrSets = Field(
         default=None, description="the same, or several named sets `{name: source}`; null = no evaluation"
@@ -157,23 +169,55 @@ class DataSection(Section):
 
     @property
     def eval_sets(self) -> dict[str, tuple[SourceSection, ...]]:
-        """Name -> sources of each evaluation set; a set without a name is called ``eval``."""
+        """Name -> sources of each evaluation set; a set without a name is called ``eval``.
+
+        GLUE's MNLI, where no split is named, has two: ``matched`` and ``mismatched``, after the name of the set if
+        there is one.
+        """
         if self.eval is None:
             return {}
-        sets = self.eval if isinstance(self.eval, dict) else {"eval": self.eval}
-        return {name: self._resolved(sources, "eval") for name, sources in sets.items()}
+        sets = self.eval if isinstance(self.eval, dict) else {"": self.eval}
+        found = {}
+        for name, sources in sets.items():
+            resolved = self._resolved(sources, "eval")
+            for part, selected in _halves(resolved).items():
+                found[".".join(filter(None, (name, part))) or "eval"] = selected
+        return found
 
-    def _resolved(self, sources: Any, split_of_demo: str) -> tuple[SourceSection, ...]:
+    def _resolved(self, sources: Any, use: Literal["train", "eval"]) -> tuple[SourceSection, ...]:
         return tuple(
             one.model_copy(
                 update={
                     "format": one.format or self.format,
                     "loss_on": one.loss_on or self.loss_on,
-                    "split": one.split or (split_of_demo if one.path == "demo" else None),
+                    "glue": one.glue or task_in(one.path),
+                    "split": one.split or _default_split(one, use),
                 }
             )
             for one in _listed(sources)
         )
+
+
+def _default_split(source: SourceSection, use: Literal["train", "eval"]) -> str | None:
+    if source.path == "demo":
+        return use
+    if task_in(source.path) or (source.glue and is_official(Path(source.path))):
+        return "train" if use == "train" else "validation"
+    return None
+
+
+def _halves(sources: tuple[SourceSection, ...]) -> dict[str, tuple[SourceSection, ...]]:
+    """The evaluation sets that these sources are: "" -> all of them, or where MNLI's is among them its two."""
+    is_mnli = [source.glue == "mnli" and source.split == "validation" for source in sources]
+    if not any(is_mnli):
+        return {"": sources}
+    return {
+        half: tuple(
+            source.model_copy(update={"split": f"validation_{half}"}) if of_mnli else source
+            for source, of_mnli in zip(sources, is_mnli, strict=True)
+        )
+        for half in (MATCHED, MISMATCHED)
+    }
 
 
 def _listed(sources: Any) -> list[SourceSection]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from qvtune.data.glue import glue_row
 from qvtune.data.messages import checked, json_type, parse_messages, parse_sharegpt, parse_tools, text
 from qvtune.data.rows import (
     MISSING_COLUMN,
@@ -46,10 +47,12 @@ class RowParser:
     Attributes:
         format: one of FORMATS; ``auto`` where no row of the source is good.
         columns: our name of a column -> that of the source, or its number.
+        glue: the task of GLUE whose columns and labels the rows have.
     """
 
     format: str
     columns: Mapping[str, str | int]
+    glue: str | None = None
 
     def parse(self, record: Record) -> Row:
         """The row of a record. Raises BadRowError where it cannot be used."""
@@ -68,6 +71,10 @@ class RowParser:
         if isinstance(record.value, BadRowError):
             raise record.value
         value: dict[Any, Any] = _parse_object(record.value) if isinstance(record.value, bytes) else record.value
+        renamed = self._renamed(value)
+        return renamed if self.glue is None else glue_row(self.glue, renamed)
+
+    def _renamed(self, value: dict[Any, Any]) -> dict[Any, Any]:
         if not self.columns:
             return value
         for ours, theirs in self.columns.items():

@@ -17,6 +17,7 @@ from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
 from qvtune.tasks import get_task
+from qvtune.tasks.glue import glue_settings
 from qvtune.tasks.task import Task
 from qvtune.train.checks import Checks
 
@@ -70,8 +71,13 @@ def load_tokenizer(folder: Path, model: ModelSection) -> Any:
 def with_labels(config: RunConfig, checks: Checks) -> RunConfig:
     """The configuration with the labels of the training rows, where the task needs labels and none are named.
 
-    Rank 0 reads the rows. Where they cannot be used, which is a problem found, it is the configuration as it is.
+    Those of a task of GLUE are known, and so are its problem and metric. For others rank 0 reads the rows. Where they
+    cannot be used, which is a problem found, it is the configuration as it is.
     """
+    names = checks.run_on_main(partial(_glue_tasks, config)) or set()
+    if len(names) == 1:
+        known = checks.run(partial(glue_settings, config.classification, *names))
+        config = config.model_copy(update={"classification": known or config.classification})
     task = get_task(config.task, config.classification)
     labels = checks.run_on_main(partial(_labels, task, config)) if task.needs_labels else None
     if labels is None:
@@ -82,6 +88,13 @@ def with_labels(config: RunConfig, checks: Checks) -> RunConfig:
 def _labels(task: Task, config: RunConfig) -> tuple[str, ...]:
     with naming_setting(TRAIN):
         return task.labels_of(_training_rows(config))
+
+
+def _glue_tasks(config: RunConfig) -> set[str]:
+    """The tasks of GLUE among the training sources."""
+    with naming_setting(TRAIN):
+        tasks = {open_source(source).settings.glue for source in config.data.train_sources}
+    return {name for name in tasks if name is not None}
 
 
 def _training_rows(config: RunConfig) -> Iterator[Row]:
@@ -118,9 +131,12 @@ def token_rows(
 
 def data_sets(config: RunConfig) -> dict[str, tuple[SourceSection, ...]]:
     """Setting -> sources of each data set of the run; evaluation sets that have names are ``data.eval.NAME``."""
-    named = isinstance(config.data.eval, dict)
-    sets = config.data.eval_sets.items()
-    return {TRAIN: config.data.train_sources, **{f"{EVAL}.{name}" if named else EVAL: one for name, one in sets}}
+    sets = config.data.eval_sets
+    named = isinstance(config.data.eval, dict) or len(sets) > 1
+    return {
+        TRAIN: config.data.train_sources,
+        **{f"{EVAL}.{name}" if named else EVAL: one for name, one in sets.items()},
+    }
 
 
 def eval_sets(config: RunConfig, rows: Mapping[str, Rows]) -> dict[str, Rows]:

@@ -1,8 +1,8 @@
 """A source of rows, opened: its files are found, and its records can be read."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from qvtune.data.formats import Record, RowParser, excerpt
 from qvtune.data.rows import BadRowError, BadRows, Row
 from qvtune.data.sources import hub
 from qvtune.data.sources.files import find_files, is_hub_id, saved_folder
+from qvtune.data.sources.glue import located, recognised
 from qvtune.data.sources.tables import read_arrow, read_dataset, read_parquet
 from qvtune.data.sources.text_files import read_csv, read_json, read_jsonl, read_text, read_tsv
 from qvtune.embedded.data import demo_files
@@ -28,7 +29,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     "parquet": read_parquet,
     "arrow": read_arrow,
 }
-_WITH_HEADER: dict[str, Callable[[Path, bool], Iterator[Record]]] = {"csv": read_csv, "tsv": read_tsv}
+_WITH_HEADER = ("csv", "tsv")
 _ANY_COLUMNS = ("jsonl", "json")  # kinds whose rows may each have others
 
 
@@ -61,6 +62,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What determines the records and how they are understood, for a cache's key. Reads files that have changed."""
         own = self.settings.model_dump(mode="json", include={"format", "columns", "max_rows"}) | {"kind": self.kind}
+        own |= {} if self.settings.glue is None else {"glue": self.settings.glue}
         if self.kind == HUB:
             return own | hub.identity(self.settings, self._dataset)
         return own | {"sha256": [_sha256(file) for file in self.files]}
@@ -71,7 +73,8 @@ class Source:
         Raises UserError where the first row has columns of several formats, or a table has columns of none.
         """
         assert self.settings.format is not None
-        parser = RowParser(self.settings.format, {str(ours): theirs for ours, theirs in self.settings.columns.items()})
+        columns = {str(ours): theirs for ours, theirs in self.settings.columns.items()}
+        parser = RowParser(self.settings.format, columns, self.settings.glue)
         for record in self.records():
             try:
                 value = parser.read(record)
@@ -80,7 +83,7 @@ class Source:
                     break
                 if len(candidates) > 1:
                     raise UserError(_ambiguous(record.place, candidates, value))
-                found = RowParser(candidates[0], parser.columns)
+                found = replace(parser, format=candidates[0])
                 found.parse(record)
                 return found
             except BadRowError as error:
@@ -93,14 +96,17 @@ class Source:
         return hub.load_hub(self.settings) if self.kind == HUB else hub.load_saved(self.settings)
 
     def _reader(self) -> Callable[[Path], Iterator[Record]]:
-        if self.kind in _WITH_HEADER:
-            numbered = any(isinstance(column, int) for column in self.settings.columns.values())
-            return lambda file: _WITH_HEADER[self.kind](file, not numbered)
+        has_header = not any(isinstance(column, int) for column in self.settings.columns.values())
+        if self.kind == "csv":
+            return partial(read_csv, has_header=has_header)
+        if self.kind == "tsv":
+            return partial(read_tsv, has_header=has_header, any_quotes=self.settings.glue is not None)
         return _READERS[self.kind]
 
 
 def open_source(settings: SourceSection) -> Source:
     """Find the files of a source. Raises UserError where there are none, or a setting has no effect on them."""
+    settings = located(settings)
     if settings.path == "demo":
         if settings.split not in ("train", "eval"):
             raise UserError(f"demo has the splits train and eval, not {settings.split!r}")
@@ -113,7 +119,7 @@ def open_source(settings: SourceSection) -> Source:
         source = Source(settings, SAVED, tuple(sorted(folder.rglob("*.arrow"))))
     else:
         files, kind = find_files(settings.path, settings.split)
-        source = Source(settings, kind, files)
+        source = Source(recognised(settings, files) if kind == "tsv" else settings, kind, files)
     _check_settings(source)
     return source
 

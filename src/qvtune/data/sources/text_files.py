@@ -69,15 +69,23 @@ def read_csv(file: Path, has_header: bool) -> Iterator[Record]:
     yield from _table(file, _csv_rows(reader), has_header)
 
 
-def read_tsv(file: Path, has_header: bool) -> Iterator[Record]:
-    """One record a line; quotes are ordinary characters, as in the files of GLUE."""
+def read_tsv(file: Path, has_header: bool, any_quotes: bool = False) -> Iterator[Record]:
+    """One record a line; quotes are ordinary characters, as in the files of GLUE.
+
+    Fields that look like those of CSV are bad, unless ``any_quotes`` says that the file is known to mean them so.
+    """
     rows = ((line, _decoded(raw).rstrip("\r\n").split("\t")) for line, raw in _lines(file) if not raw.isspace())
     for record in _table(file, rows, has_header):
         fields = record.value.values() if isinstance(record.value, dict) else ()
-        if any(map(_QUOTED_AS_CSV.fullmatch, fields)):
+        if not any_quotes and any(map(_QUOTED_AS_CSV.fullmatch, fields)):
             reason = "a field in quotes with doubled quotes in it, but quotes mean nothing in a .tsv file; name it .csv"
             record = Record(record.place, BadRowError(reason, "quoted as in CSV"))
         yield record
+
+
+def tsv_header(file: Path) -> list[str]:
+    """The fields of the first line; empty where the file is."""
+    return next((_decoded(raw).rstrip("\r\n").split("\t") for _, raw in _lines(file)), [])
 
 
 def read_text(file: Path) -> Iterator[Record]:
