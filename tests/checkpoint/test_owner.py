@@ -112,6 +112,7 @@ def sleeps(tmp_path: Path, resume: str) -> Iterator[tuple[int, Path, int]]:
         yield nth, run_dir, child
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", ["if_available", "never"])
 def test_whoever_wakes_up_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")

@@ -374,6 +374,7 @@ def test_exit_codes(
     assert not list(tmp_path.glob("*wrong*"))
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_one_process_without_deepspeed_and_merges_without_transformers(
     make_run: MakeRun, llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_merge_never_holds_its_largest_tensor(
 
 # Three views, of each of which 64 MiB of the head are there at a time, and a layer of one (86 MiB in fp32). Seen are
 # 640 to 750 MiB with one layer as with six; a single view that was held whole would add 430.
+@pytest.mark.slow
 def test_a_proof_never_holds_more_than_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIG | {"num_hidden_layers": 6}
     added = added_bytes(tmp_path, monkeypatch, config, "none", (conversion, "_finish"))

@@ -71,6 +71,7 @@ quantize.quantize(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_shards", [0, 2])
 def test_killed_and_started_again_it_is_the_same_to_the_byte(
     tmp_path: Path, llama_folder: Path, whole_shards: int, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from tests.plan.tracked import tracked
 from tests.support.lab import Lab
 from tests.support.tiny import make_model_folder
 
+pytestmark = pytest.mark.slow
 LENGTH, NUM_RANKS = 64, 2
 
 

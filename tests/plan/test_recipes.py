@@ -5,6 +5,7 @@ import pytest
 from tests.plan.recipe_headers import CLUSTERS, recipe_file, with_estimates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_a_recipe_has_the_estimates_of_today(name: str) -> None:
     """If not: python -m tests.plan.recipe_headers."""

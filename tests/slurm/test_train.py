@@ -10,7 +10,7 @@ from tests.slurm.site import MAX_STEPS, Site
 pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
 
 # Command lines; in brackets: not the one that holds this pattern.
-LAUNCHER = r"[p]ython -u -m deepspeed\.launcher\.launch"
+LAUNCHER = r"[p]ython -u -m qvtune\.distributed\.node_launcher"
 RANK = r"[p]ython -u \S*launch/train\.py --config"
 
 
