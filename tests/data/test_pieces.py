@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.documents import Documents, file_name, write_documents, write_summary
+from qvtune.data.documents import Documents, DocumentWriter, file_name, write_summary
 from qvtune.data.pieces import OnLongRow, join, pieces, windows
 from qvtune.data.tokenize import Document
 
@@ -20,7 +20,10 @@ def store(folder: Path, documents: list[tuple[Document, bool]], sizes: list[int]
     """``sizes``: how many of the documents are in each file."""
     for number, size in enumerate(sizes):
         first = sum(sizes[:number])
-        write_documents(folder / file_name(number), documents[first : first + size], {})
+        writer = DocumentWriter()
+        for document in documents[first : first + size]:
+            writer.add([document])
+        writer.write(folder / file_name(number), {})
     write_summary(folder, sizes, {})
     return Documents(folder)
 

@@ -15,6 +15,7 @@ from qvtune.config.schema import DataSection
 from qvtune.data import chunk as chunk_module
 from qvtune.data.chunk import chunks
 from qvtune.data.dataset import TokenRows, build_token_rows
+from qvtune.data.documents import DocumentWriter
 from qvtune.data.formats import Record
 from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document
@@ -120,14 +121,14 @@ def test_after_kill_9_nothing_that_is_half_made_counts(
     path = write_jsonl(*PAIRS)
     task = Counting(tmp_path / "log")
 
-    def slow_writing(private: Path, *arguments: Any) -> None:
+    def slow_writing(writer: DocumentWriter, private: Path, *arguments: Any) -> None:
         private.write_bytes(b"half")
         if len(task.lines()) > 20:
             signal.pause()
-        write(private, *arguments)
+        write(writer, private, *arguments)
 
-    write = chunk_module.write_documents
-    monkeypatch.setattr(chunk_module, "write_documents", slow_writing)
+    write = DocumentWriter.write
+    monkeypatch.setattr(DocumentWriter, "write", slow_writing)
     if (pid := os.fork()) == 0:
         with suppress(BaseException):
             build(path, task, num_workers=2)
@@ -212,12 +213,12 @@ def test_what_a_process_finds_wrong_with_the_tokenizer_arrives_as_it_is(
 def test_a_full_disk_is_one_message_and_the_next_start_goes_on(
     build: Build, write_jsonl: WriteJsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(private: Path, *arguments: Any) -> None:
+    def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     path = write_jsonl(*PAIRS)
     with monkeypatch.context() as patch:
-        patch.setattr(chunk_module, "write_documents", full)
+        patch.setattr(DocumentWriter, "write", full)
         with pytest.raises(UserError, match=r"No space left on device in .*cache; make room there and start again"):
             build(path)
     assert [file.name for file in (tmp_path / "cache").glob(".*.partial/*")] == []

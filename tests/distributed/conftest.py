@@ -55,6 +55,16 @@ TERMINATED_EARLY = {
 EARLY = {"optimizer__lr": 1e-12, "train__eval_every": 1, "train__early_stopping": 2}
 
 
+def mixture(lab: Lab, *weights: float) -> dict[str, Any]:
+    """Three sources, and two sets for evaluation."""
+    train, few = str(lab.folder / "train.jsonl"), str(lab.folder / "eval.jsonl")
+    sources = [{"path": train}, {"path": few}, {"path": train, "max_rows": 20}]
+    return {
+        "data__train": [{**source, "weight": weight} for source, weight in zip(sources, weights, strict=True)],
+        "data__eval": {"few": few, "both": [train, few]},
+    }
+
+
 class Classifier(NamedTuple):
     """Runs of a classifier: family of the model, kind of labels, more changes, and the launches with such a run."""
 
@@ -106,6 +116,7 @@ def one(lab: Lab) -> Results:
         _train(lab, "one"),
         _train(lab, "one-micro_batch", train__micro_batch_size=2),
         _train(lab, "full-on-one", **FULL),
+        _train(lab, "mixture-on-one", **mixture(lab, 0.5, 0.3, 0.2)),
         *_classifiers(lab, "on-one"),
     ]
     return _launch(lab, "one", 1, jobs)
@@ -140,6 +151,8 @@ def two(lab: Lab) -> Results:
             }
             for name, when in TERMINATED_EARLY.items()
         ),
+        _train(lab, "mixture", **mixture(lab, 0.5, 0.3, 0.2)),
+        _train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.3, 0.2), **STOP),
         _evaluated(lab, "full", **FULL),
         _train(lab, "full-zero2", **FULL, **ZERO2),
         _train(lab, "full-unquantized", **FULL, model__quantization="none"),
@@ -177,6 +190,8 @@ def two_later(lab: Lab, two: Results) -> Results:
         _train(lab, "stopped-zero2", **ZERO2),
         *(_evaluated(lab, name, **changes) for name, (_, changes, _) in TERMINATED.items()),
         *(_train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
+        {**_train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.2, 0.3)), "error": "UserError"},
+        {**_train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.3, 0.2)), "name": "mixture-continued"},
         _train(lab, "stopped-full", **FULL),
         _classifier(lab, "bert", "stopped"),
         _classifier(lab, "bert", "early", **EARLY),
@@ -195,6 +210,7 @@ def three(lab: Lab, two: Results) -> Results:
         _train(lab, "three"),
         _train(lab, "stopped-on-three"),
         _train(lab, "full-on-three", **FULL),
+        _train(lab, "mixture-on-three", **mixture(lab, 0.5, 0.3, 0.2)),
         *_classifiers(lab, "on-three"),
         _classifier(lab, "bert", "stopped-on-three"),
         *_shares(lab, 3),

@@ -132,7 +132,10 @@ class DataSection(Section):
         "what follows the prompt; all = every token",
     )
     max_length: Annotated[Integer, Field(ge=8)] = Field(default=1024, description="tokens per row")
-    packing: bool = Field(default=True, description="several documents per row; each attends only to itself")
+    packing: bool | Literal["dense"] = Field(
+        default=True,
+        description="several documents per row; each attends only to itself; dense = with less padding, in other rows",
+    )
     on_long_row: Literal["cut", "split", "drop"] = Field(
         default="cut",
         description="a document of more than max_length tokens: cut = its first max_length; split = several documents; "

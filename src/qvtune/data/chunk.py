@@ -3,19 +3,19 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from qvtune.config.data import LossOn
-from qvtune.data.documents import file_name, read_counts, write_documents
+from qvtune.data.documents import DocumentWriter, file_name, read_counts
 from qvtune.data.formats import Record, RowParser
 from qvtune.data.rows import BadRowError, BadRows, PlainTextRow, Row
 from qvtune.data.tokenize import Document
 from qvtune.data.workers import Poll
 from qvtune.storage.atomic import atomic_file
 
-FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 512, 8192  # small ones at first, so that a small source has one for every process
+FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 512, 4096  # small ones at first, so that a small source has one for every process
 CHUNKS_OF_A_SIZE = 64
 MAX_CHUNK_BYTES = 4 * 2**20  # of records: those of a chunk are in memory together
 ROWS_PER_CALL = 64  # of the tokenizer
@@ -106,15 +106,15 @@ class ChunkTokenizer:
     def __call__(self, chunk: Chunk, poll: Poll) -> Found:
         """Write the chunk's file, which is complete or not there. Raises UserError as ``task.tokenize`` does."""
         found = Found(chunk.number, BadRows(self.name, "skip"), BadRows(self.name, "skip"))
-        rows = list(self._rows(chunk, found, poll))
-        documents: list[tuple[Document, bool]] = []
-        for start in range(0, len(rows) if chunk.tokenize else 0, ROWS_PER_CALL):
+        rows, writer = self._rows(chunk, found, poll), DocumentWriter()
+        while part := list(islice(rows, ROWS_PER_CALL)):
             poll()
-            documents += self._documents(rows[start : start + ROWS_PER_CALL], found)
-        found.num_documents = len(documents)
+            if chunk.tokenize:
+                writer.add(self._documents(part, found))
+        found.num_documents = len(writer)
         if chunk.tokenize:
             with atomic_file(self.folder / file_name(chunk.number)) as private:
-                write_documents(private, documents, found.as_json())
+                writer.write(private, found.as_json())
         return found
 
     def finished(self, chunk: Chunk) -> Found | None:

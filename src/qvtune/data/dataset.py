@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qvtune.config.data import DataSection, SourceSection
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.chunk import RowTokenizer
+from qvtune.data.dense_packing import pack_dense
 from qvtune.data.documents import Documents, MappedTable, column, list_column
 from qvtune.data.packing import PackedRow, pack
 from qvtune.data.pieces import Pieces, pieces, windows
@@ -72,9 +73,7 @@ class RowIndex:
         columns = [self._mapped.lists(name) for name in _LISTS]
         self._windows = list(zip(*columns, strict=True))
         self._ends: list[int] = np.cumsum([len(lists[0]) for lists in self._windows]).tolist()
-        self.num_tokens, self.num_label_tokens = (
-            self._mapped.table.column(name).to_numpy() for name in ("num_tokens", "num_label_tokens")
-        )
+        self.num_tokens, self.num_label_tokens = map(self._mapped.numbers, ("num_tokens", "num_label_tokens"))
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -105,7 +104,7 @@ def build_token_rows(
     """
     folder = tokenized(open_source(source), config, tokenizer, task, cache_dir, poll)
     documents = Documents(folder)
-    kind = "packed" if config.packing else "single"
+    kind = config.packing if isinstance(config.packing, str) else "packed" if config.packing else "single"
     rows = folder / f"rows-v{PACKING_VERSION}-{config.max_length}-{kind}-{config.on_long_row}"
     if not rows.is_dir():
         with atomic_folder(rows, if_taken="keep") as private:
@@ -119,8 +118,7 @@ def _write(folder: Path, documents: Documents, name: str, config: DataSection, p
     with pa.ipc.new_stream(str(folder / ROWS_FILE), _COLUMNS) as writer:
         for window in windows(pieces(documents, config.max_length, config.on_long_row, counts), WINDOW):
             poll()
-            lengths = window.lengths.tolist()
-            groups = pack(lengths, config.max_length) if config.packing else [[piece] for piece in range(len(window))]
+            groups = _groups(window.lengths.tolist(), config)
             writer.write_batch(_as_batch(window, groups))
             num_rows += len(groups)
     if not num_rows:
@@ -131,6 +129,13 @@ def _write(folder: Path, documents: Documents, name: str, config: DataSection, p
     blocks = _blocks(documents, RowIndex(folder / ROWS_FILE), poll)
     found = statistics(blocks, config.max_length, {**documents.counts, **counts})
     write_json(folder / STATISTICS_FILE, asdict(found))
+
+
+def _groups(lengths: list[int], config: DataSection) -> list[list[int]]:
+    """Which pieces share a row."""
+    if not config.packing:
+        return [[piece] for piece in range(len(lengths))]
+    return (pack_dense if config.packing == "dense" else pack)(lengths, config.max_length)
 
 
 def _as_batch(window: Pieces, groups: Sequence[Sequence[int]]) -> pa.RecordBatch:

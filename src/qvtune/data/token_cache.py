@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +21,7 @@ from qvtune.console import console
 from qvtune.data.chat import FIXED_DATE
 from qvtune.data.chunk import Chunk, ChunkTokenizer, Found, RowTokenizer, chunks
 from qvtune.data.documents import Counts, write_summary
+from qvtune.data.encode import whole_texts
 from qvtune.data.rows import MAX_PROBLEMS_SHOWN, BadRows
 from qvtune.data.sources.source import Source
 from qvtune.data.workers import Poll, available_cores, in_processes
@@ -156,16 +156,9 @@ def _key(source: Source, config: DataSection, tokenizer: PreTrainedTokenizerBase
         "source": source.identity(),
         "loss_on": source.settings.loss_on or config.loss_on,
         "on_bad_row": config.on_bad_row,
-        "tokenizer": _tokenizer_definition(tokenizer),
+        "tokenizer": whole_texts(tokenizer).to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
+        "tokenizer_class": type(tokenizer).__name__,
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _tokenizer_definition(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    if not tokenizer.is_fast:
-        return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Set by the last call of the tokenizer; tokenize_rows sets its own.
-    return {key: value for key, value in definition.items() if key not in ("truncation", "padding")}

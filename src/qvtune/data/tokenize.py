@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from qvtune.config.data import LossOn
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.chat import ChatTemplate, LabelledText
-from qvtune.data.encode import Encoder, IdsAndLabels
+from qvtune.data.encode import Encoder, IdsAndLabels, whole_texts
 from qvtune.data.rows import BadRowError, ChatRow, LabelledRow, PlainTextRow, Row, TextRow
 from qvtune.errors import UserError
 
@@ -81,9 +81,9 @@ def _tokenize_texts(
 ) -> list[list[Document]]:
     end = tokenizer.eos_token_id
     starts = [row.prompt if isinstance(row, TextRow) else row.text for row in rows]
-    prompts = tokenizer(starts, verbose=False)["input_ids"]
-    completions = [row.completion if isinstance(row, TextRow) else "" for row in rows]
-    completions = tokenizer(completions, add_special_tokens=False, verbose=False)["input_ids"]
+    prompts = _ids_of(starts, tokenizer, add_special_tokens=True)
+    ends = [row.completion if isinstance(row, TextRow) else "" for row in rows]
+    completions = _ids_of(ends, tokenizer, add_special_tokens=False)
     documents = []
     for row, start, prompt, completion in zip(rows, starts, prompts, completions, strict=True):
         if prompt and prompt[-1] == end and not start.endswith(str(tokenizer.eos_token)):
@@ -92,6 +92,15 @@ def _tokenize_texts(
         num_unlabelled = len(prompt) if isinstance(row, TextRow) and loss_on != "all" else 0
         documents.append([_document(ids, [IGNORE_INDEX] * num_unlabelled + ids[num_unlabelled:])])
     return documents
+
+
+def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[list[int]]:
+    """As the tokenizer's own call; without the places of tokens in the text, which take half of its time."""
+    if not tokenizer.is_fast:
+        found: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return found
+    encoded = whole_texts(tokenizer).encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [one.ids for one in encoded]
 
 
 def _tokenize_chats(

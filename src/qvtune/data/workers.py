@@ -1,6 +1,7 @@
 """Work that is divided among processes of this machine."""
 
 import ctypes
+import gc
 import mmap
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ Poll = Callable[[], None]
 Work = Callable[[Item, Poll], Result]
 
 _POLL_SECONDS = 0.2
-_WAITING_PER_WORKER = 2  # items that are read ahead, so that no process waits for the next one
+_WAITING_PER_WORKER = 1  # items that are read ahead, so that no process waits for the next one
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -88,6 +89,7 @@ def _start(work: Work[Any, Any], stop: mmap.mmap, parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    gc.freeze()  # what is there already need not be looked at again and again, nor be copied for that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
     _in_fork.update(work=work, stop=stop)
 
