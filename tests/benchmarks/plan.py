@@ -103,9 +103,9 @@ def main() -> int:
             row = {"prompt": "a", "completion": " word" * (length // 2 - 2)}  # half of a row, with its end
             (folder / f"{dtype}.jsonl").write_text((json.dumps(row) + "\n") * 32)
         for num_ranks in ranks:
-            group = list(cells([num_ranks]))
-            configs = [cell.config(folder) for cell in group]
-            for cell, steps in zip(group, tracked(configs, num_ranks, folder / str(num_ranks)), strict=True):
+            for index, cell in enumerate(cells([num_ranks])):
+                # Processes of its own for each: DeepSpeed makes the groups of hpZ once in a process.
+                (steps,) = tracked([cell.config(folder)], num_ranks, folder / f"{num_ranks}-{index}")
                 found = max(step["peak"] for step in steps)
                 predicted = cell.predicted(folder)
                 difference = predicted / found - 1
