@@ -399,8 +399,19 @@ def test_full_has_no_factors(tmp_path: Path) -> None:
     problem = only_problem(tmp_path, SMALLEST, "adapter.method=full", "adapter.rank=16", "adapter.dropout=0.0")
     assert "adapter" in problem and "without factors: dropout, rank must not be set" in problem
     config = load_config(write(tmp_path, SMALLEST), ["adapter.method=full"])
-    assert config.model_dump()["adapter"] == {"method": "full", "projections": ("q", "v")}
+    assert config.model_dump()["adapter"] == {"method": "full", "projections": ("q", "v"), "biases": False}
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_biases_are_for_the_methods_that_have_them(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path, SMALLEST, "adapter.method=bias", "adapter.alpha=16")
+    assert "with method: bias trains parameters of the base, without factors: alpha must not be set" in problem
+    problem = only_problem(tmp_path, SMALLEST, "adapter.method=lora", "adapter.biases=true")
+    assert "adapter" in problem and "with method: lora must not have biases: true" in problem
+    for method, biases in (("bias", "false"), ("full", "true")):
+        config = load_config(write(tmp_path, SMALLEST), [f"adapter.method={method}", f"adapter.biases={biases}"])
+        assert config.adapter.trains_biases and not config.adapter.has_factors
+        assert load_config(write(tmp_path, dump_config(config))) == config
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:

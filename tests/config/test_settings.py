@@ -32,7 +32,7 @@ def test_every_setting_is_there_once_with_its_meaning() -> None:
         ("run_dir", "text", "required"),
         ("model.quantization", "nf4, none", "nf4"),
         ("model.double_quant", "true or false", "true"),
-        ("adapter.projections", "list of: q, k, v, o", "[q, v]"),
+        ("adapter.projections", "list of: q, k, v, o, gate, up, down", "[q, v]"),
         ("adapter.rank", "whole number > 0", "16"),
         ("adapter.dropout", "number >= 0, < 1", "0.0"),
         ("optimizer.lr_multipliers", "mapping: text -> number > 0", "{}"),

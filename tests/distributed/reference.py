@@ -80,12 +80,12 @@ def adapted_model(folder: Path, *, quantized: bool = True, **lora: Any) -> Any:
     return get_peft_model(base, config)
 
 
-def full_model(folder: Path, *, quantized: bool) -> Any:
-    """The matrices q and v themselves, as they are in the file; all others perhaps with the values of 4-bit ones."""
+def own_parameters_model(folder: Path, *, quantized: bool, kind: str = "weight") -> Any:
+    """The matrices or the biases of q and v themselves; matrices that are not trained perhaps with values of 4 bits."""
     plain: Any = plain_model(folder)
     model = (rounded_model(folder) if quantized else plain_model(folder)).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if "q_proj" in name or "v_proj" in name:
+        if name.endswith((f"q_proj.{kind}", f"v_proj.{kind}")):
             parameter.data.copy_(plain.get_parameter(name))
             parameter.requires_grad_(True)
     return model

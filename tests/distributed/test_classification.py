@@ -36,10 +36,10 @@ def launches(one: Results, two: Results, three: Results) -> dict[str, Results]:
 
 
 class Reference:
-    """A run without this project's model, loss, loop and metrics; ``lora``: more settings of PEFT's configuration."""
+    """A run without this project's model, loss, loop and metrics."""
 
-    def __init__(self, lab: Lab, family: str, kind: str, changes: dict[str, Any], **lora: Any) -> None:
-        self.is_regression, self._lora = kind == "scores", lora
+    def __init__(self, lab: Lab, family: str, kind: str, changes: dict[str, Any]) -> None:
+        self.is_regression = kind == "scores"
         self.config = RunConfig.model_validate(lab.config("reference", **classifier(lab, family, kind), **changes))
         labels = None if self.is_regression else LABELS
         section = ClassificationSection(labels=labels, problem=self.config.classification.problem)
@@ -65,14 +65,15 @@ class Reference:
             yield inputs, float(label.view(np.float32)) if self.is_regression else int(label)
 
     def _model(self, folder: Path) -> Any:
-        """LoRA on q and v; new values as seed 0 draws them, a regression's bias at the mean of the labels."""
+        """What the method trains of q and v; new values as seed 0 draws them, a regression's bias at the mean label."""
         base: Any = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch.float32, num_labels=1 if self.is_regression else len(LABELS)
         )
-        family = FAMILIES[base.config.model_type]
+        family, method = FAMILIES[base.config.model_type], self.config.adapter.method
+        targets = [family.projections["q"], family.projections["v"]]
         new = [name for name in ("bert.pooler", "classifier", "score") if _has(base, name)]
         if self.config.model.quantization == "nf4":
-            _round_to_four_bits(base, but=new)
+            _round_to_four_bits(base, but=[*new, *(targets if method == "full" else ())])
         torch.manual_seed(0)
         with torch.no_grad():
             for module in (part for name in new for part in base.get_submodule(name).modules()):
@@ -81,14 +82,19 @@ class Reference:
         if self.is_regression:
             scores = [target for index in range(len(self.rows)) for _, target in self._documents(self.rows, index)]
             base.classifier.out_proj.bias.data.fill_(float(np.mean(scores)))
+        if method in ("full", "bias"):
+            ends = tuple(f"{target}.{'weight' if method == 'full' else 'bias'}" for target in targets)
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(name.endswith(ends) or name.startswith(tuple(new)))
+            return base
         torch.manual_seed(0)
         lora = LoraConfig(
             task_type="SEQ_CLS",
             r=4,
             lora_alpha=8,
-            target_modules=[family.projections["q"], family.projections["v"]],
+            use_dora=method == "dora",
+            target_modules=targets,
             modules_to_save=["pooler"] if "bert.pooler" in new else None,
-            **self._lora,
         )
         return get_peft_model(base, lora)
 
@@ -97,7 +103,8 @@ class Reference:
         by_group: dict[float, list[Any]] = {1e-2: [], 4e-2: [], 2e-2: []}  # q, v, head
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                rate = 1e-2 if ".query." in name or ".q_proj." in name else 4e-2 if "lora" in name else 2e-2
+                is_value = ".value." in name or ".v_proj." in name
+                rate = 1e-2 if ".query." in name or ".q_proj." in name else 4e-2 if is_value else 2e-2
                 by_group[rate].append(parameter)
         assert all(by_group.values())
         groups = [{"params": parameters, "rate": rate} for rate, parameters in by_group.items()]
@@ -150,7 +157,7 @@ def _has(model: Any, path: str) -> bool:
 
 def _round_to_four_bits(model: Any, but: list[str]) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not name.startswith(tuple(but)):
+        if isinstance(module, torch.nn.Linear) and not (name.startswith(tuple(but)) or name.endswith(tuple(but))):
             codes, state = bnb.quantize_4bit(
                 module.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
             )

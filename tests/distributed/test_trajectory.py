@@ -28,7 +28,7 @@ def test_it_equals_an_independent_training_loop(lab: Lab, plain: list[float]) ->
 @pytest.mark.parametrize(("name", "quantized"), [("full", True), ("full-unquantized", False)])
 def test_training_the_matrices_equals_an_independent_loop(lab: Lab, two: Results, name: str, quantized: bool) -> None:
     assert [result[name] for result in two] == [{"code": 0}] * 2
-    model = reference.full_model(lab.folder / "model", quantized=quantized)
+    model = reference.own_parameters_model(lab.folder / "model", quantized=quantized)
     losses, grad_norms = reference.train(lab, model)
     assert lab.losses(name) == pytest.approx(losses, rel=ROUNDING)
     assert lab.grad_norms(name) == pytest.approx(grad_norms, rel=1e-4)

@@ -7,7 +7,6 @@ costs more than all of them; what a job returns is kept under its name in FOLDER
 import ctypes
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -75,20 +74,6 @@ def train(
             return {"code": loop.train(RunConfig.model_validate(config))}
         except expected as raised:
             return {"message": str(raised)}
-
-
-def train_and_resume(config: dict[str, Any], copies: list[str]) -> list[int]:
-    """Train to the end, then once more from the checkpoint before the last one, in the first of the run's ``copies``.
-
-    Every copy lacks the last checkpoint. Returns both exit codes.
-    """
-    codes = [loop.train(RunConfig.model_validate(config))]
-    if process_group.is_main():
-        for copy in copies:
-            shutil.copytree(config["run_dir"], copy, symlinks=True)
-            shutil.rmtree(checkpoint_folder.complete_checkpoints(Path(copy) / "checkpoints")[-1])
-    process_group.barrier()
-    return [*codes, loop.train(RunConfig.model_validate(config | {"run_dir": copies[0]}))]
 
 
 class SignalAt:
@@ -238,14 +223,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EXPECTED = {"UserError": UserError, "RuntimeError": RuntimeError, "StopRequested": StopRequested}
-JOBS = {
-    "train": train,
-    "train_and_resume": train_and_resume,
-    "base": base,
-    "memory": memory,
-    "shares": shares,
-    "gathered": gathered,
-}
+JOBS = {"train": train, "base": base, "memory": memory, "shares": shares, "gathered": gathered}
 
 
 def main() -> None:

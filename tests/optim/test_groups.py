@@ -84,6 +84,35 @@ def test_two_patterns_with_one_multiplier_share_a_group() -> None:
     assert len(groups[0]["params"]) == 6
 
 
+def test_factors_have_rates_of_their_own() -> None:
+    """LoRA+ (arXiv 2402.12354): B learns faster than A. Alone, of one projection, and both."""
+    assert rates(groups_of({"B": 16.0})) == {"q": 1e-3, "q.B": 16e-3, "v": 1e-3, "v.B": 16e-3}
+    assert rates(groups_of({"v.B": 16.0})) == {"q": 1e-3, "v": 1e-3, "v.B": 16e-3}
+    both = groups_of({"v.B": 64.0, "B": 16.0, "v": 4.0, "q.A": 0.5})
+    assert rates(both) == {"q.A": 5e-4, "q.B": 16e-3, "v": 4e-3, "v.B": 64e-3}
+    by_name = {group["name"]: group["param_names"] for group in both}
+    assert len(by_name["v.B"]) == 3 and all("v_proj.lora_B" in name for name in by_name["v.B"])
+    assert len(by_name["v"]) == 3 and all("v_proj.lora_A" in name for name in by_name["v"])
+
+
+def test_a_factor_behind_its_projection_is_without_effect() -> None:
+    """The first match wins, whatever is the more specific one."""
+    with pytest.raises(UserError, match=r"'v.B' decides for no trained .* an earlier pattern .* each with A, B"):
+        groups_of({"v": 4.0, "v.B": 64.0})
+
+
+def test_magnitudes_and_biases_can_have_rates_of_their_own() -> None:
+    """And biases do not decay, magnitudes do."""
+    layer = "base_model.model.model.layers.0.self_attn"
+    named = [(f"{layer}.v_proj.lora_magnitude_vector.default.weight", one()), (f"{layer}.q_proj.bias", one())]
+    section = OptimizerSection(lr=1e-3, lr_multipliers={"v.magnitude": 2.0, "bias": 3.0}, weight_decay=0.1)
+    groups = parameter_groups(named, section)
+    assert rates(groups) == {"v.magnitude": 2e-3, "q.bias": 3e-3}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    in_paper = parameter_groups(named, OptimizerSection(lr=1e-3, lr_multipliers={"v": 4.0}, as_in_paper=True))
+    assert rates(in_paper) == {"v": 4e-3}
+
+
 def test_a_letter_is_the_projection_and_no_regular_expression() -> None:
     assert rates(groups_of({"o": 8.0}, "qo")) == {"q": 1e-3, "o": 8e-3}, "every name has an o in it"
 
@@ -114,7 +143,7 @@ def test_all_bad_regular_expressions_are_named() -> None:
     with pytest.raises(UserError) as caught:
         groups_of({"(": 2.0, "v": 4.0, "[a": 3.0})
     first, second = caught.value.problems
-    assert "'(' is neither one of q, k, v, o, head nor a regular expression" in first
+    assert "'(' is neither one of q, k, v, o, gate, up, down, head, A, B, magnitude, bias" in first
     assert "'[a'" in second
 
 

@@ -85,9 +85,9 @@ class Lab:
         return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def make_lab(folder: Path, num_layers: int = 2) -> Lab:
+def make_lab(folder: Path, num_layers: int = 2, **options: Any) -> Lab:
     """A tiny LLaMA, one of whose matrices has two nested blocks, and rows of text."""
-    make_model_folder(folder / "model", intermediate_size=301, num_layers=num_layers)
+    make_model_folder(folder / "model", intermediate_size=301, num_layers=num_layers, **options)
     _write_rows(folder / "train.jsonl", seed=0, num_rows=60)
     _write_rows(folder / "eval.jsonl", seed=1, num_rows=7)
     return Lab(folder)

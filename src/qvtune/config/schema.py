@@ -5,14 +5,13 @@ No other module defines a default of a setting.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from qvtune.config.adapter import AdapterSection as AdapterSection
 from qvtune.config.data import DataSection as DataSection
 from qvtune.config.generate import GenerateSection
 from qvtune.config.section import Beta, NonNegative, Number, Positive, PositiveNumber, Ratio, Section
-
-Projection = Literal["q", "k", "v", "o"]
 
 
 class ModelSection(Section):
@@ -44,58 +43,19 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(default=False, description="run Python code that the model folder contains")
 
 
-_OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of low-rank factors; `full` has no factors
-
-
-class AdapterSection(Section):
-    """Which parameters are trained."""
-
-    method: Literal["lora", "rslora", "dora", "full"] = Field(
-        default="lora",
-        description="lora = factors scaled by alpha/rank; rslora = by alpha/sqrt(rank); dora = as lora, and a trained "
-        "norm for each output; full = the matrices themselves",
-    )
-    projections: tuple[Projection, ...] = Field(
-        default=("q", "v"), min_length=1, description="attention projections that are trained"
-    )
-    rank: Positive = Field(default=16, description="inner dimension of the factors A and B; not with method: full")
-    alpha: PositiveNumber = Field(default=32.0, description="numerator of the scale; not with method: full")
-    dropout: Number = Field(
-        default=0.0, ge=0, lt=1, description="probability that an input of A is zeroed; not with method: full"
-    )
-
-    @field_validator("projections")
-    @classmethod
-    def _each_projection_once(cls, projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
-        if len(set(projections)) != len(projections):
-            raise PydanticCustomError("repeated", "must name each projection once")
-        return projections
-
-    @model_validator(mode="after")
-    def _no_factors_in_full(self) -> Self:
-        if given := sorted(_OF_FACTORS & self.model_fields_set) if self.method == "full" else []:
-            reason = "trains the matrices themselves, without factors: {given} must not be set (or choose method: lora)"
-            raise PydanticCustomError("no_factors", "with method: full " + reason, {"given": ", ".join(given)})
-        return self
-
-    @model_serializer(mode="wrap")
-    def _only_what_has_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
-        return {key: value for key, value in values.items() if self.method != "full" or key not in _OF_FACTORS}
-
-
 class OptimizerSection(Section):
     """AdamW; ``lr`` is eta_QK of arXiv 2410.02247, ``lr_multipliers: {v: lambda}`` gives eta_V = lambda * eta_QK."""
 
     lr: PositiveNumber = Field(default=2e-4, description="peak learning rate of groups without a multiplier (eta_QK)")
     lr_multipliers: dict[str, PositiveNumber] = Field(
         default_factory=dict,
-        description="q, k, v, o, head or a regular expression on parameter names -> factor on lr; the first match wins",
+        description="a projection, head, A, B, magnitude, bias, one of these of a projection as in v.B, or a regular "
+        "expression on parameter names -> factor on lr; the first match wins, so write v.B before B or v",
     )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW: decay of the two moments per step")
     eps: PositiveNumber = Field(default=1e-8, description="AdamW: added to the denominator")
     weight_decay: Number = Field(
-        default=0.0, ge=0, description="AdamW: parameters shrink by this times the rate per step"
+        default=0.0, ge=0, description="AdamW: parameters but biases shrink by this times the rate per step"
     )
     head_weight_decay: Number = Field(
         default=0.0, ge=0, description="the same for the matrices of a classification head; its biases have none"

@@ -1,4 +1,4 @@
-"""Which parameters are trained: PEFT's adapters on the chosen attention projections, or these matrices themselves."""
+"""Which parameters are trained: PEFT's adapters on the chosen projections, or their own matrices or biases."""
 
 import re
 from collections.abc import Sequence
@@ -9,17 +9,18 @@ from torch import nn
 
 from qvtune.config.schema import AdapterSection
 from qvtune.errors import UserError
-from qvtune.model.families import FAMILIES, ends_in, family_of, trained_matrices
+from qvtune.model.families import FAMILIES, ends_in, family_of
 from qvtune.model.head import HEADS, POOLER
 
 HEAD = "head"
-PROJECTIONS = tuple(FAMILIES["llama"].projections)  # q, k, v, o: what a user writes, the same for every family
+PROJECTIONS = tuple(FAMILIES["llama"].projections)  # what a user writes, the same for every family
 _LETTER_OF = {module: letter for family in FAMILIES.values() for letter, module in family.projections.items()}
 GROUPS = (*PROJECTIONS, HEAD)  # what a trained parameter can belong to
+FACTORS = ("A", "B", "magnitude", "bias")  # what it can be there
 _HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join((*HEADS, POOLER))})\.")
 _TRAINED_NAME = re.compile(
     rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})"
-    r"\.(?:lora_(?P<factor>[AB]|magnitude)(?:_vector)?\.default\.)?weight$"
+    r"\.(?:(?P<bias>bias)|(?:lora_(?P<factor>[AB]|magnitude)(?:_vector)?\.default\.)?weight)$"
 )
 
 
@@ -37,27 +38,16 @@ def add_adapters(
 
     The initial values depend on ``seed`` alone, so all ranks make the same ones. Factors have the base's compute dtype.
     ``task_type`` is PEFT's, which chooses the class of the PeftModel and is saved; None: the plain one.
-    With ``adapter.method: full`` it is ``base`` itself, whose matrices (not their biases) become trainable.
+    With ``adapter.method: full`` or ``bias`` it is ``base`` itself, whose matrices or biases become trainable.
 
-    Raises UserError naming every chosen projection that the model does not have.
+    Raises UserError naming every chosen projection that the model does not have, or that has no bias to train.
     """
     from peft import LoraConfig, get_peft_model
 
     family = family_of(base)
-    paths = [f".{name}" for name, _ in base.named_modules()]
-    present = [module for module in family.projections.values() if any(path.endswith(f".{module}") for path in paths)]
-    problems = [
-        f"adapter.projections: {letter!r} is {family.projections[letter]}, which this model does not have; "
-        f"it has {', '.join(present) or 'none of them'}"
-        for letter in adapter.projections
-        if family.projections[letter] not in present
-    ]
-    if problems:
-        raise UserError(problems)
-    if adapter.method == "full":
-        for path, module in base.named_modules():
-            if ends_in(path, trained_matrices(adapter, family)):
-                module.weight.requires_grad_(True)
+    _require_projections(base, adapter)
+    if adapter.method in ("full", "bias"):
+        _train_own_parameters(base, adapter)
         for path in new_modules:
             base.get_submodule(path).requires_grad_(True)
         return base
@@ -83,6 +73,49 @@ def add_adapters(
     return model
 
 
+def _require_projections(base: nn.Module, adapter: AdapterSection) -> None:
+    family = family_of(base)
+    paths = [path for path, _ in base.named_modules()]
+    present = {
+        letter: module
+        for letter, module in family.projections.items()
+        if any(ends_in(path, [module]) for path in paths)
+    }
+    problems = []
+    for letter in adapter.projections:
+        if letter not in family.projections:
+            problems.append(
+                f"adapter.projections: {letter!r} is a matrix of a decoder's MLP, and this model is an encoder; "
+                f"allowed: {', '.join(present)}"
+            )
+        elif letter not in present:
+            problems.append(
+                f"adapter.projections: {letter!r} is {family.projections[letter]}, which this model does not have; it "
+                f"has {', '.join(present.values()) or 'none of them'}"
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def _train_own_parameters(base: nn.Module, adapter: AdapterSection) -> None:
+    """Make matrices, biases or both of the chosen projections trainable."""
+    family, without = family_of(base), []
+    for letter in adapter.projections:
+        module = family.projections[letter]
+        layers: list[Any] = [layer for path, layer in base.named_modules() if ends_in(path, [module])]
+        if adapter.trains_biases and any(layer.bias is None for layer in layers):
+            without.append(f"{letter} ({module})")
+        for layer in layers:
+            layer.weight.requires_grad_(adapter.method == "full")
+            if adapter.trains_biases and layer.bias is not None:
+                layer.bias.requires_grad_(True)
+    if without:
+        raise UserError(
+            f"adapter.method: {adapter.method} is to train biases, and this model has none in {', '.join(without)}; "
+            "choose others in adapter.projections, or another method"
+        )
+
+
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that are trained, in the model's order."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -99,24 +132,15 @@ def is_of_head(parameter_name: str) -> bool:
 
 
 def group_and_factor(parameter_name: str) -> tuple[str, str | None]:
-    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``; a matrix itself has no factor.
+    """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``, of ``GROUPS`` and of ``FACTORS``.
 
-    The factor of DoRA's magnitude vector is called ``magnitude``.
-    Parameters of a head, and of the pooler that belongs to it, are in the group ``head``.
+    A matrix itself is no factor. Parameters of a head, and of the pooler that belongs to it, are in the group ``head``.
     """
     match = _TRAINED_NAME.search(parameter_name)
     if match is None:
         assert is_of_head(parameter_name), parameter_name
         return HEAD, None
-    return _LETTER_OF[match["module"]], match["factor"]
-
-
-def group_pattern(group: str) -> str:
-    """A regular expression for the names of a group's parameters, whatever the family calls its modules."""
-    if group == HEAD:
-        return _HEAD_NAME.pattern
-    modules = [re.escape(module) for module, owner in _LETTER_OF.items() if owner == group]
-    return rf"\.(?:{'|'.join(modules)})\."
+    return _LETTER_OF[match["module"]], match["factor"] or match["bias"]
 
 
 def saved_name(parameter_name: str) -> str:

@@ -14,13 +14,14 @@ from qvtune.config.schema import AdapterSection
 from qvtune.model.head import is_head_tensor
 from qvtune.storage.safetensors import COMPUTED
 
-_DECODER = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_DECODER = {letter: f"{letter}_proj" for letter in ("q", "k", "v", "o", "gate", "up", "down")}
 _ENCODER = {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """``projections``: what a user writes -> the end of a module's path. An encoder is loaded without a task's head.
+    """``projections``: what a user writes -> the end of a module's path. An encoder is loaded without a task's head;
+    its feed-forward matrices are not in the table: one is called ``output.dense`` like the last one of the attention.
 
     ``positions_after_padding``: learned positions of tokens start behind the position of the padding.
     """
@@ -89,7 +90,8 @@ def family_of(model: Any) -> Family:
 
 def trained_matrices(adapter: AdapterSection, family: Family) -> tuple[str, ...]:
     """Ends of the paths of the modules whose own weight is trained, and so is not quantized; none with factors."""
-    return tuple(family.projections[letter] for letter in adapter.projections) if adapter.method == "full" else ()
+    chosen = (family.projections.get(letter) for letter in adapter.projections if adapter.method == "full")
+    return tuple(module for module in chosen if module is not None)
 
 
 def ends_in(path: str, ends: Iterable[str]) -> bool:

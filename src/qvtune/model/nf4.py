@@ -230,7 +230,11 @@ class NF4Linear(nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         output: torch.Tensor = _MatMul.apply(hidden_states, self)  # type: ignore[no-untyped-call]
-        return output
+        return output + self.bias if self._has_trained_bias else output
+
+    @property
+    def _has_trained_bias(self) -> bool:
+        return self.bias is not None and self.bias.requires_grad
 
     def extra_repr(self) -> str:
         """As nn.Linear, and the format."""
@@ -238,12 +242,16 @@ class NF4Linear(nn.Linear):
 
 
 class _MatMul(torch.autograd.Function):
-    """Autograd keeps the module, not tensors: what forward saw is freed by ZeRO-3 and gathered again for backward."""
+    """With the bias, unless that is trained.
+
+    Autograd keeps the module, not tensors: what forward saw is freed by ZeRO-3 and gathered again for backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, linear: NF4Linear) -> torch.Tensor:
         ctx.linear = linear
-        return nn.functional.linear(hidden_states, linear.dequantize(), linear.bias)
+        bias = None if linear._has_trained_bias else linear.bias
+        return nn.functional.linear(hidden_states, linear.dequantize(), bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:

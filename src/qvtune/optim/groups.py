@@ -1,7 +1,7 @@
 """Parameter groups with learning-rate multipliers: eta_V = lambda * eta_QK of arXiv 2410.02247."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.table import Column, Table
@@ -9,7 +9,10 @@ from torch import nn
 
 from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
-from qvtune.model.adapters import GROUPS, HEAD, group_and_factor, group_pattern
+from qvtune.model.adapters import FACTORS, GROUPS, HEAD, PROJECTIONS, group_and_factor
+
+_OF_FACTORS = {*FACTORS, *(f"{letter}.{factor}" for letter in PROJECTIONS for factor in FACTORS)}
+Matches = Callable[[str], bool]  # a parameter's name -> whether a key of lr_multipliers is for it
 
 
 def parameter_groups(
@@ -18,33 +21,35 @@ def parameter_groups(
     """One group for each (projection or head, multiplier, decay) that occurs; every parameter in one, none empty.
 
     A group holds ``name``, ``params``, ``param_names``, ``multiplier``, ``initial_lr`` = ``optimizer.lr`` times the
-    multiplier, and ``weight_decay``. The first pattern of ``optimizer.lr_multipliers`` that matches a parameter's name
-    decides; none: 1. Matrices of a head have ``optimizer.head_weight_decay``, its biases none. With
-    ``optimizer.as_in_paper`` the groups are ``qk`` and ``v``, where a head's matrices and its biases belong to.
+    multiplier, and ``weight_decay``. The first key of ``optimizer.lr_multipliers`` that matches a parameter decides;
+    none: 1. What a key like ``B`` or ``v.B`` decides for is in a group of that name, ``v.B``. Matrices of a head have
+    ``optimizer.head_weight_decay``; biases have no decay. With ``optimizer.as_in_paper`` the groups are ``qk`` and
+    ``v``, where a head's matrices and its biases belong to.
 
-    Raises UserError listing the patterns that are no regular expression or that decide for no parameter.
+    Raises UserError listing the keys that are no regular expression or that decide for no parameter.
     """
-    patterns = _compile(optimizer.lr_multipliers)
+    keys = _compile(optimizer.lr_multipliers)
     used: set[str] = set()
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     names = []
     for name, parameter in parameters:
         names.append(name)
-        letter, _ = group_and_factor(name)
+        letter, factor = group_and_factor(name)
         decay = _weight_decay(letter, name, optimizer)
-        pattern = next((key for key, expression in patterns if expression.search(name)), None)
+        key = next((key for key, matches in keys if matches(name)), None)
         if optimizer.as_in_paper:
-            letter = _group_in_paper(letter, name)
-            pattern = letter if letter in optimizer.lr_multipliers else None
-        used |= {pattern} if pattern is not None else set()
-        multiplier = optimizer.lr_multipliers[pattern] if pattern is not None else 1.0
+            letter = _group_in_paper(letter, factor, name)
+            key = letter if letter in optimizer.lr_multipliers else None
+        used |= {key} if key is not None else set()
+        multiplier = optimizer.lr_multipliers[key] if key is not None else 1.0
+        letter = f"{letter}.{factor}" if key in _OF_FACTORS else letter
         group = groups.setdefault(
             (letter, multiplier, decay),
             {"params": [], "param_names": [], "multiplier": multiplier, "weight_decay": decay},
         )
         group["params"].append(parameter)
         group["param_names"].append(name)
-    unused = [key for key, _ in patterns if key not in used]
+    unused = [key for key, _ in keys if key not in used]
     if unused:
         raise UserError([_no_match(key, names) for key in unused])
     _name_groups(groups)
@@ -54,16 +59,16 @@ def parameter_groups(
 
 
 def _weight_decay(letter: str, name: str, optimizer: OptimizerSection) -> float:
-    if letter != HEAD:
-        return optimizer.weight_decay
-    return 0.0 if name.endswith(".bias") else optimizer.head_weight_decay
+    if name.endswith(".bias"):
+        return 0.0
+    return optimizer.head_weight_decay if letter == HEAD else optimizer.weight_decay
 
 
-def _group_in_paper(letter: str, name: str) -> str:
-    """The authors sort by names: what is neither of V nor one-dimensional trains with W_q and W_k."""
-    if letter == HEAD:
-        return "v" if name.endswith(".bias") else "qk"
-    return "qk" if letter in ("q", "k") else letter
+def _group_in_paper(letter: str, factor: str | None, name: str) -> str:
+    """The authors sort by names and dimensions: what is neither of V nor one-dimensional trains with W_q and W_k."""
+    if factor == "magnitude" or name.endswith(".bias"):
+        return "v"
+    return "qk" if letter in ("q", "k", HEAD) else letter
 
 
 def _name_groups(groups: dict[tuple[str, float, float], dict[str, Any]]) -> None:
@@ -88,15 +93,15 @@ def groups_table(groups: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _compile(multipliers: dict[str, float]) -> list[tuple[str, re.Pattern[str]]]:
-    compiled, problems = [], []
+def _compile(multipliers: dict[str, float]) -> list[tuple[str, Matches]]:
+    compiled: list[tuple[str, Matches]] = []
+    problems = []
     for key in multipliers:
-        expression = group_pattern(key) if key in GROUPS else key
         try:
-            compiled.append((key, re.compile(expression)))
+            compiled.append((key, _matcher(key)))
         except re.error as error:
             problems.append(
-                f"optimizer.lr_multipliers: {key!r} is neither one of {', '.join(GROUPS)} "
+                f"optimizer.lr_multipliers: {key!r} is neither one of {', '.join((*GROUPS, *FACTORS))} or like v.B, "
                 f"nor a regular expression ({error})"
             )
     if problems:
@@ -104,11 +109,26 @@ def _compile(multipliers: dict[str, float]) -> list[tuple[str, re.Pattern[str]]]
     return compiled
 
 
+def _matcher(key: str) -> Matches:
+    """Raises re.error for what is neither a group nor a factor nor a regular expression."""
+    if key in GROUPS or key in _OF_FACTORS:
+        return lambda name: key in _keys_of(name)
+    expression = re.compile(key)
+    return lambda name: expression.search(name) is not None
+
+
+def _keys_of(name: str) -> tuple[str, ...]:
+    """``v``, ``B`` and ``v.B``; of a matrix itself ``v``."""
+    letter, factor = group_and_factor(name)
+    return (letter,) if factor is None else (letter, factor, f"{letter}.{factor}")
+
+
 def _no_match(key: str, names: Sequence[str]) -> str:
-    letters = sorted({group_and_factor(name)[0] for name in names})
+    letters, factors = (sorted({*found} - {None}) for found in zip(*map(group_and_factor, names), strict=True))
+    parts = f", each with {', '.join(factors)}" if factors else ""
     return (
         f"optimizer.lr_multipliers: {key!r} decides for no trained parameter, or an earlier pattern takes all of them; "
-        f"trained groups (adapter.projections): {', '.join(letters)}; a parameter's name looks like {names[0]!r}"
+        f"trained groups (adapter.projections): {', '.join(letters)}{parts}; a parameter's name looks like {names[0]!r}"
     )
 
 

@@ -1,0 +1,67 @@
+"""The settings of what is trained: section ``adapter``."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from qvtune.config.section import Number, Positive, PositiveNumber, Section
+
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+_OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of low-rank factors, which `full` and `bias` do not have
+
+
+class AdapterSection(Section):
+    """Which parameters are trained."""
+
+    method: Literal["lora", "rslora", "dora", "full", "bias"] = Field(
+        default="lora",
+        description="lora = factors scaled by alpha/rank; rslora = by alpha/sqrt(rank); dora = as lora, and a trained "
+        "norm for each output; full = the matrices themselves; bias = the biases alone",
+    )
+    projections: tuple[Projection, ...] = Field(
+        default=("q", "v"),
+        min_length=1,
+        description="matrices that are trained: of the attention q, k, v, o; of a decoder's MLP gate, up, down",
+    )
+    rank: Positive = Field(
+        default=16, description="inner dimension of the factors A and B; not with method: full or bias"
+    )
+    alpha: PositiveNumber = Field(default=32.0, description="numerator of the scale; not with method: full or bias")
+    dropout: Number = Field(
+        default=0.0, ge=0, lt=1, description="probability that an input of A is zeroed; not with method: full or bias"
+    )
+    biases: bool = Field(default=False, description="with method: full, train the biases of these matrices, too")
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether A and B are trained beside the matrices, and not parameters of the base."""
+        return self.method not in ("full", "bias")
+
+    @property
+    def trains_biases(self) -> bool:
+        """Whether biases of the base are trained."""
+        return self.biases or self.method == "bias"
+
+    @field_validator("projections")
+    @classmethod
+    def _each_projection_once(cls, projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        if len(set(projections)) != len(projections):
+            raise PydanticCustomError("repeated", "must name each projection once")
+        return projections
+
+    @model_validator(mode="after")
+    def _only_what_the_method_has(self) -> Self:
+        if given := sorted(_OF_FACTORS & self.model_fields_set) if not self.has_factors else []:
+            reason = "with method: {method} trains parameters of the base, without factors: {given} must not be set "
+            values = {"method": self.method, "given": ", ".join(given)}
+            raise PydanticCustomError("no_factors", reason + "(or choose method: lora)", values)
+        if self.biases and self.method != "full":
+            reason = "with method: {method} must not have biases: true (method: bias trains biases alone, full both)"
+            raise PydanticCustomError("no_biases", reason, {"method": self.method})
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_has_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if self.has_factors or key not in _OF_FACTORS}
