@@ -164,7 +164,7 @@ def two(lab: Lab) -> Results:
         _classifier(lab, "bert", "stopped", **STOP),
         _classifier(lab, "bert", "early", **EARLY, train__stop_after_step=1),
         {
-            **_train(lab, "killed", train__save_every=3),  # as step 5 begins: two calls a step, and one at the start
+            **_killed(lab),  # as step 5 begins: two calls a step, and one at the start
             "signal_at": {"function": "qvtune.data.mixture.rows_of_step", "nth": 10, "number": signal.SIGKILL},
         },
     ]
@@ -195,7 +195,7 @@ def two_later(lab: Lab, two: Results) -> Results:
         _train(lab, "stopped-full", **FULL),
         _classifier(lab, "bert", "stopped"),
         _classifier(lab, "bert", "early", **EARLY),
-        _train(lab, "killed", train__save_every=3),
+        _killed(lab),
         *_shares(lab, 2),
     ]
     return _launch(lab, "two_later", 2, jobs)
@@ -242,6 +242,11 @@ def _classifiers(lab: Lab, suffix: str) -> list[Job]:
 def _classifier(lab: Lab, name: str, suffix: str, **more: Any) -> Job:
     family, kind, changes, _ = CLASSIFIERS[name]
     return _train(lab, f"{name}-{suffix}", **classifier(lab, family, kind), **changes, **more)
+
+
+def _killed(lab: Lab) -> Job:
+    """A classifier: its head and the head's moments are in its checkpoints, beside those of the adapter."""
+    return _train(lab, "killed", **classifier(lab, "bert"), train__save_every=3)
 
 
 def _rates() -> dict[str, Any]:

@@ -58,10 +58,12 @@ def test_a_run_that_had_not_begun_leaves_nothing_and_starts_anew(
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(lab: Lab, two_later: Results) -> None:
-    """Killed with signal 9 as step 5 began, with a checkpoint of step 3: step 4 runs twice."""
+    """Killed with signal 9 as step 5 began, with a checkpoint of step 3: step 4 runs twice. Adapter and head."""
     assert [entry["step"] for entry in lab.events("killed", "step")] == [1, 2, 3, 4, 4, 5]
     assert [entry["step"] for entry in lab.events("killed", "run_end")] == [MAX_STEPS]
-    assert lab.losses("killed") == lab.losses("plain")
+    assert lab.losses("killed") == lab.losses("bert-on-two")
+    assert lab.grad_norms("killed") == lab.grad_norms("bert-on-two")
+    assert lab.events("killed", "eval")[-1]["loss"] == lab.events("bert-on-two", "eval")[-1]["loss"]
     first, second = (entry["loss"] for entry in lab.events("killed", "step") if entry["step"] == 4)
     assert first == second
 
