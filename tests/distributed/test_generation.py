@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qvtune.convert.convert import convert
-from tests.distributed.conftest import DROPOUT, ZERO2, Results
+from tests.distributed.conftest import DROPOUT, FULL, ZERO2, Results
 from tests.support.lab import MAX_STEPS, Job, Lab, make_lab
 
 NEW_TOKENS = 9
@@ -19,7 +19,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero3-nf4": DROPOUT,
     "zero3-none": {"model__quantization": "none"},
     "zero2-nf4": ZERO2,
+    "dora": {"adapter__method": "dora"},
+    "full": FULL,
 }
+ALONE = {"prompts": "hello", "every": MAX_STEPS, "max_new_tokens": 3}
 DURING_GENERATION = {
     "function": "qvtune.train.generate.generate_batch",
     "nth": 2 + 2,
@@ -44,6 +47,7 @@ def results(lab: Lab) -> Iterator[Results]:
         *(job(name, name, train__generate=GENERATE, **changes) for name, changes in VARIANTS.items()),
         {**job("stopped", "stopped", train__generate=GENERATE, **DROPOUT), "signal_at": DURING_GENERATION},
         job("resumed", "stopped", train__generate=GENERATE, **DROPOUT),
+        job("alone", "alone", train__generate=ALONE),
         job("best", "best", train__generate=GENERATE, train__best_metric="exact_match", train__save_every=2),
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -93,3 +97,12 @@ def test_the_best_checkpoint_may_be_that_of_the_best_answers(lab: Lab, results: 
     assert [result["best"] for result in results] == [{"code": 0}] * 2
     assert [event["exact_match"] for event in lab.events("best", "generation")] == [0.0] * 4
     assert (lab.run_dir("best") / "checkpoints" / "best").resolve().name == "step-00000002"
+
+
+def test_a_rank_may_have_no_prompt(lab: Lab, results: Results) -> None:
+    assert [result["alone"] for result in results] == [{"code": 0}] * 2
+    events = lab.events("alone", "generation")
+    assert [(event["step"], len(event["answers"])) for event in events] == [(0, 1), (MAX_STEPS, 1)]
+    (answer,) = events[-1]["answers"]
+    assert (answer["prompt"], answer["expected"]) == ("hello", None) and 1 <= answer["tokens"] <= 3
+    assert "exact_match" not in events[-1]

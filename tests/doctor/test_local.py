@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config
 
 from qvtune import versions
+from qvtune.config.generate import GenerateSection
 from qvtune.config.schema import RunConfig
 from qvtune.distributed.allocation import Allocation, find_allocation
 from qvtune.doctor import devices, software, storage
@@ -162,6 +163,9 @@ def test_needs_are_those_of_the_loaded_model(
     assert needs.checkpoint == half.checkpoint == 16 * trained + (1 << 20)
     values = 0 if config.adapter.method == "full" else 4 * trained
     assert needs.training == values + 16 * trained, "values, gradients, masters and two moments"
+    train = config.train.model_copy(update={"generate": GenerateSection(prompts=("hello",))})
+    generating, _ = needs_of(config.model_copy(update={"train": train}), llama_folder, 2, torch.float32)
+    assert (needs.generation, generating.generation) == (0, 0 if deepspeed == "zero2.json" else needs.base)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +176,11 @@ def test_needs_are_those_of_the_loaded_model(
         ({"training_on_host": True}, True, 101, 10),
         ({"base_on_host": True}, True, 110, 1),
         ({"base_on_host": True, "training_on_host": True}, True, 111, 0),
+        ({"generation": 1000}, False, 1111, 0),
+        ({"generation": 1000, "base_on_host": True}, True, 110, 1001),
     ],
 )
-def test_offloaded_parts_are_in_host_memory(zero: dict[str, bool], on_gpus: bool, host: int, device: int) -> None:
+def test_offloaded_parts_are_in_host_memory(zero: dict[str, Any], on_gpus: bool, host: int, device: int) -> None:
     needs = Needs(base=10, training=1, process=100, checkpoint=0, **zero)
     assert needs.split(on_gpus) == (host, device)
 

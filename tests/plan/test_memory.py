@@ -14,8 +14,8 @@ from qvtune.config.deepspeed import resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.model.skeleton import read_model_config
 from qvtune.plan import memory
-from qvtune.plan.memory import Costs, costs_of
-from qvtune.plan.simulate import BASE, GATHERED, SAVED, Setup
+from qvtune.plan.memory import GENERATION, Costs, costs_of
+from qvtune.plan.simulate import BASE, CACHE, GATHERED, SAVED, Setup
 from qvtune.versions import repository
 from tests.plan.tracked import tracked
 from tests.support.lab import Lab
@@ -76,7 +76,15 @@ def test_predictions_are_those_of_real_runs(wide_lab: Lab) -> None:
 
 
 @cache
-def costs(stage: str, num_ranks: int, *, checkpointing: bool = False, num_layers: int = 3, node: int = 1) -> Costs:
+def costs(
+    stage: str,
+    num_ranks: int,
+    *,
+    checkpointing: bool = False,
+    num_layers: int = 3,
+    node: int = 1,
+    prompts: tuple[str, ...] = (),
+) -> Costs:
     """Of a small LLaMA; ``node``: ranks that are one, with hpZ. Cached: a simulation takes seconds."""
     config = LlamaConfig(
         hidden_size=128,
@@ -87,13 +95,16 @@ def costs(stage: str, num_ranks: int, *, checkpointing: bool = False, num_layers
         vocab_size=999,
     )
     zero = {"zero_hpz_partition_size": node} if node > 1 else {}
+    train: dict[str, Any] = {"max_steps": 1, "global_batch_size": num_ranks, "activation_checkpointing": checkpointing}
+    if prompts:
+        train["generate"] = {"prompts": prompts, "max_new_tokens": 36, "batch_size": 3}
     with TemporaryDirectory() as folder:
         run = RunConfig.model_validate(
             {
                 "run_dir": "run",
                 "deepspeed": deepspeed_json(Path(folder), stage, **zero),
                 "data": {"max_length": LENGTH},
-                "train": {"max_steps": 1, "global_batch_size": num_ranks, "activation_checkpointing": checkpointing},
+                "train": train,
             }
         )
         deepspeed_config = resolve_deepspeed(run, num_ranks, "bfloat16")
@@ -123,6 +134,17 @@ def test_a_shard_of_many_ranks_is_that_share_of_the_base() -> None:
     assert many.gathered == two.gathered > 0 and many.peak[SAVED] == two.peak[SAVED]
     assert whole.peak[BASE] == pytest.approx(2 * two.peak[BASE], rel=0.02)
     assert whole.gathered == whole.peak[GATHERED] == 0
+
+
+def test_a_generation_has_the_whole_base_and_a_cache_on_every_rank() -> None:
+    """Beside the shard; with ZeRO-2 it is there already. Per token 3 layers have keys and values of 2 heads of 32."""
+    sharded, whole = costs("zero3", 64, prompts=("a",)), costs("zero2", 2, prompts=("a",))
+    base = whole.peak[BASE]
+    cache = 3 * (LENGTH + 36) * (3 * 2 * 32 * 2 * 2)
+    assert sharded.peaks[GENERATION][GATHERED] == pytest.approx(base, rel=0.02)
+    assert sharded.peaks[GENERATION][CACHE] == whole.peaks[GENERATION][CACHE] == cache
+    assert whole.peaks[GENERATION][GATHERED] == 0
+    assert GENERATION not in costs("zero2", 2).peaks
 
 
 def test_with_hpz_the_base_is_gathered_within_the_node_and_held_twice() -> None:

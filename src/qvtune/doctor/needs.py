@@ -30,6 +30,7 @@ class Needs:
 
     Attributes:
         base: frozen parameters resident after loading: ``base_bytes`` of the event ``base_loaded``.
+        generation: the whole base, gathered while ``train.generate`` answers; 0 where it is not sharded.
         training: trained parameters that are not part of the base, gradients, masters and moments.
         process: the Python process, and the largest weight while it is used in the compute dtype.
         checkpoint: one checkpoint on disk.
@@ -40,15 +41,16 @@ class Needs:
     training: int
     process: int
     checkpoint: int
+    generation: int = 0
     base_on_host: bool = False
     training_on_host: bool = False
 
     def split(self, on_gpus: bool) -> tuple[int, int]:
         """Bytes of host memory and of GPU memory per rank."""
         if not on_gpus:
-            return self.process + self.base + self.training, 0
+            return self.process + self.base + self.training + self.generation, 0
         host = self.base * self.base_on_host + self.training * self.training_on_host
-        return self.process + host, self.base + self.training - host
+        return self.process + host, self.base + self.training + self.generation - host
 
 
 def needs_of(config: RunConfig, folder: Path, world_size: int, dtype: torch.dtype) -> tuple[Needs, TensorFiles]:
@@ -68,13 +70,15 @@ def needs_of(config: RunConfig, folder: Path, world_size: int, dtype: torch.dtyp
     trained = [parameter for _, parameter in trainable(adapted)]
     added = [parameter for parameter in trained if not any(parameter is one for one in frozen)]
     every_rank = Shard(0, world_size)
-    parameters = every_rank if zero.get("stage", 3) == 3 else Shard()
+    is_sharded = zero.get("stage", 3) == 3
+    parameters = every_rank if is_sharded else Shard()
     needs = Needs(
         base=_numel(frozen, parameters) * dtype.itemsize,
         training=_numel(added, parameters) * dtype.itemsize
         + _numel(trained, every_rank) * (dtype.itemsize + _FP32_STATE),
         process=_PROCESS + largest,
         checkpoint=_numel(trained, Shard()) * (dtype.itemsize + _FP32_STATE) + _CHECKPOINT_JSON,
+        generation=_numel(frozen, Shard()) * dtype.itemsize if is_sharded and config.train.generate else 0,
         base_on_host=_is_offloaded(zero, "offload_param"),
         training_on_host=_is_offloaded(zero, "offload_optimizer"),
     )

@@ -16,6 +16,7 @@ from torch import nn
 from qvtune.distributed import process_group
 from qvtune.errors import UserError
 from qvtune.model.adapters import transformers_model
+from qvtune.model.shard import gathered
 from qvtune.system import free_memory, return_freed_memory
 
 
@@ -53,15 +54,13 @@ class WholeModel:
 
 def _fill(empty: nn.Module, trained: nn.Module, between_modules: Callable[[], None]) -> None:
     """Give the modules of ``empty`` the values of those with the same paths in ``trained``; collective."""
-    from deepspeed.runtime.zero import GatheredParameters
-
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters are gathered once
     for path, module in empty.named_modules():
         source = trained.get_submodule(path)
         own = dict(source.named_parameters(recurse=False))
         if new := [parameter for parameter in own.values() if parameter not in filled]:
             between_modules()
-            with GatheredParameters(new):  # what it has gathered stays in memory as long as a tensor here refers to it
+            with gathered(new):  # what it has gathered stays in memory as long as a tensor here refers to it
                 filled |= {parameter: nn.Parameter(parameter.data, requires_grad=False) for parameter in new}
         for name, parameter in own.items():
             setattr(module, name, filled[parameter])

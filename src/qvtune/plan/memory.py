@@ -5,10 +5,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from qvtune.plan.simulate import BASE, TRAINED, Setup, simulate
+from qvtune.model.whole import cache_bytes
+from qvtune.plan.simulate import BASE, CACHE, GATHERED, TRAINED, Setup, simulate
 from qvtune.plan.tracker import Bytes
 
 _DEPTHS = (3, 4)  # layers; with three there is a first, a last and another one
+GENERATION = "generation"  # the phase of train.generate
 Key = TypeVar("Key")
 
 
@@ -93,16 +95,30 @@ def _costs(setup: Setup, num_ranks: int) -> Costs:
             }
         )
 
+    peaks = {phase: corrected(peak) for phase, peak in simulated.tracked.peaks.items()}
+    if setup.run.train.generate is not None:
+        gathered = few * simulated.static[BASE] if zero["stage"] == 3 else 0
+        peaks[GENERATION] = Counter(
+            {BASE: static[BASE], TRAINED: static[TRAINED], GATHERED: gathered, CACHE: _cache_bytes(setup)}
+        )
     tracked = simulated.tracked
     in_node = tracked.gathered[few_in_node] if node > 1 else 0
     return Costs(
-        peaks={phase: corrected(peak) for phase, peak in tracked.peaks.items()},
+        peaks=peaks,
         persistent=simulated.persistent,
         gathered=tracked.gathered.total() - in_node,
         gathered_in_node=in_node,
         operations=tracked.operations,
         num_layers=setup.model_config.num_hidden_layers,
     )
+
+
+def _cache_bytes(setup: Setup) -> int:
+    """Keys and values of the prompts that a rank answers at a time, which are taken to have ``data.max_length``."""
+    settings = setup.run.train.generate
+    assert settings is not None
+    tokens = settings.batch_size * (setup.run.data.max_length + settings.max_new_tokens)
+    return cache_bytes(setup.model_config, tokens, setup.dtype)
 
 
 def _with_hpz(setup: Setup, ranks: int) -> Setup:

@@ -8,16 +8,17 @@ from qvtune.config.zero_stage import GIB, RESERVED, USABLE, usable_bytes
 from qvtune.plan.amount import Amount
 from qvtune.plan.gpus import GB
 from qvtune.plan.memory import Costs
-from qvtune.plan.simulate import BASE, GATHERED, HEAD, LAYER, SAVED, TRAINED, Setup
+from qvtune.plan.simulate import BASE, CACHE, GATHERED, HEAD, LAYER, SAVED, TRAINED, Setup
 from qvtune.plan.step_time import Cluster, Gathers, StepTime, gathers_of
 
 _CAUSES = {
     BASE: "frozen base: this rank's part (zero2: all of it; hpZ: two parts)",
     TRAINED: "adapters, gradients, float32 masters, moments, buffers",
-    GATHERED: "gathered for the layers at work",
+    GATHERED: "gathered for the layers at work, or for a generation",
     SAVED: "activations kept for backward",
     HEAD: "logits of a chunk",
     LAYER: "the layer at work: recomputed activations, gradients",
+    CACHE: "keys and values of answers (train.generate)",
 }
 
 

@@ -32,8 +32,9 @@ from qvtune.plan.tracker import Bytes, Tracked, Tracker
 from qvtune.tasks import get_task
 from qvtune.tasks.causal_lm import FrozenHeadLoss
 
-# Causes of memory; SAVED is what forward keeps for backward, LAYER what backward allocates.
+# Causes of memory; SAVED is what forward keeps for backward, LAYER what backward allocates, CACHE what answers keep.
 BASE, TRAINED, GATHERED, SAVED, HEAD, LAYER = "base", "trained", "gathered", "saved", "head", "layer"
+CACHE = "cache"
 _CPU = torch.device("cpu")
 
 

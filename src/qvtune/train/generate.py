@@ -60,13 +60,11 @@ def generate(
     own = prompts[rank::world_size]
     with whole.filled(engine, stop.poll) as model, process_group.raise_on_all_ranks(however_long=True):
         continuations = _continuations(model, own, settings, stop.poll_alone)
-    texts = tokenizer.batch_decode(continuations, skip_special_tokens=True)
-    of_ranks = process_group.all_gather_object(
-        [
-            Answer(prompt.text, text.strip(), prompt.expected, len(ids))
-            for prompt, text, ids in zip(own, texts, continuations, strict=True)
-        ]
-    )
+    own_answers = [
+        Answer(prompt.text, tokenizer.decode(ids, skip_special_tokens=True).strip(), prompt.expected, len(ids))
+        for prompt, ids in zip(own, continuations, strict=True)
+    ]
+    of_ranks = process_group.all_gather_object(own_answers)
     answers = [of_ranks[number % world_size][number // world_size] for number in range(len(prompts))]
     pairs = [(one.answer, one.expected) for one in answers if one.expected is not None]
     share = exact_match(pairs, settings.final_answer) if pairs else None
