@@ -17,6 +17,8 @@ QUESTION, ANSWER = {"role": "user", "content": "what does it do"}, {"role": "ass
 MORE = [{"role": "user", "content": "hello <|im_end|>"}, {"role": "assistant", "content": "world\n#### 3"}]
 CHAT, TEXT = {"messages": [QUESTION, ANSWER, *MORE]}, {"prompt": "what is in the name", "completion": " world #### 3"}
 
+UNUSABLE = {"messages": [{"role": "user", "content": "\ufdd0"}, ANSWER]}  # good until it is tokenized
+
 MakeConfig = Callable[..., RunConfig]
 
 
@@ -52,6 +54,12 @@ def test_rows_of_prompts_and_completions(make_config: MakeConfig, tokenizer: Any
     assert found == [Prompt("what is in the name", ids, "world #### 3")] * 2, "as many as there are"
 
 
+def test_rows_that_cannot_be_used_are_left_out(make_config: MakeConfig, tokenizer: Any) -> None:
+    """Those of ``data.eval`` are read, counted or refused elsewhere."""
+    found = load_prompts(make_config({"rows": 3}, [UNUSABLE, CHAT, CHAT]), tokenizer)
+    assert [prompt.expected for prompt in found] == ["world\n#### 3"] * 2
+
+
 def test_texts_are_messages_where_the_rows_are_conversations(
     make_config: MakeConfig, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -79,6 +87,7 @@ def test_texts_are_as_they_are_where_the_rows_are_texts(make_config: MakeConfig,
         ({"rows": 1}, [{"text": "hello"}], r"train\.generate\.rows: .*rows\.jsonl:1 is a row of text, in which there"),
         ({"prompts": ["hello", ""]}, [TEXT], r"train\.generate: prompt 2: the prompt is empty"),
         ({"prompts": ["\ufdd0"]}, [CHAT], r"train\.generate: prompt 1: .*no character"),
+        ({"rows": 1}, [UNUSABLE, CHAT], r"train\.generate: none of the first 1 rows can be used"),
     ],
 )
 def test_what_gives_no_prompt_is_refused(

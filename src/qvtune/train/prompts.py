@@ -40,7 +40,8 @@ def load_prompts(config: RunConfig, tokenizer: Any) -> list[Prompt]:
     # Labels are on the last answer alone: all before it is the prompt, exactly as training has it.
     for row, documents in zip(rows, tokenize_rows(rows, tokenizer, "last_answer"), strict=True):
         if isinstance(documents, BadRowError):
-            problems.append(f"{row.place}: {documents}")
+            if not known:  # what is wrong with rows of data.eval is found where these are read
+                problems.append(f"{row.place}: {documents}")
             continue
         if isinstance(row, TextRow) and not row.prompt.strip():
             problems.append(f"{row.place}: the prompt is empty")
@@ -49,7 +50,9 @@ def load_prompts(config: RunConfig, tokenizer: Any) -> list[Prompt]:
         start = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
         answer = tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
         prompts.append(Prompt(_shown(row), ids[:start], answer if known else None))
-    if problems and not (known and config.data.on_bad_row == "skip" and prompts):
+    if not prompts and not problems:
+        problems.append(f"none of the first {settings.rows} rows can be used")
+    if problems:
         raise UserError(problems, GENERATE)
     return prompts
 
