@@ -414,6 +414,28 @@ def test_biases_are_for_the_methods_that_have_them(tmp_path: Path) -> None:
         assert load_config(write(tmp_path, dump_config(config))) == config
 
 
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("method=AdaLoRA", "PEFT changes its factors in place after each step"),
+        ("method=lora+", "optimizer.lr_multipliers.B=16"),
+        ("method=qlora", "method: lora with model.quantization: nf4"),
+        ("init=pissa", "out of the base's matrices"),
+        ("init=olora", "out of the base's matrices"),
+        ("init=eva", "the data's activations at every projection"),
+    ],
+)
+def test_what_is_not_supported_says_why(tmp_path: Path, setting: str, reason: str) -> None:
+    problem = only_problem(tmp_path, SMALLEST, f"adapter.{setting}")
+    name, value = setting.split("=")
+    assert f"`adapter.{name}` is '{value}'; it is not supported: " in problem and reason in problem
+
+
+def test_orthogonal_factors_have_an_even_rank(tmp_path: Path) -> None:
+    problem = only_problem(tmp_path, SMALLEST, "adapter.init=orthogonal", "adapter.rank=5")
+    assert "with init: orthogonal must have an even rank" in problem
+
+
 def test_missing_key_is_named(tmp_path: Path) -> None:
     assert "recipe.yaml: `run_dir` is not set" in only_problem(tmp_path, "train: {max_steps: 3}")
 

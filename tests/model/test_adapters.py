@@ -1,5 +1,6 @@
 """Which parameters are trained, what they start from, and what they are called in a file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,29 @@ def test_values_depend_on_the_seed_alone(llama_folder: Path) -> None:
             assert not torch.equal(parameter, other[name])
         else:
             assert not parameter.any(), "B starts at 0: the adapted model is the base"
+
+
+@pytest.mark.parametrize(("init", "deviation"), [("gaussian", 1 / 16), ("orthogonal", None)])
+def test_training_starts_at_the_base_with_every_initialisation(llama_folder: Path, init: Any, deviation: Any) -> None:
+    """And with values of the seed alone; the base stays as it was."""
+    before, base = (load_whole(llama_folder, ModelSection(), torch.float32) for _ in range(2))
+    model: Any = add_adapters(base, AdapterSection(init=init), "base", seed=3)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    factor_a, factor_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (factor_b @ factor_a).abs().max() < 1e-6 and factor_a.abs().max() > 0
+    if deviation is not None:
+        assert factor_a.std().item() == pytest.approx(deviation, rel=0.1)
+    found = dict(_base_parameters(model))
+    for name, parameter in before.named_parameters():  # codes in four bits can be NaN in float32
+        assert torch.equal(parameter.view(torch.int32), found[name].view(torch.int32))
+    again = trainable(adapted(llama_folder, AdapterSection(init=init), seed=3))
+    assert all(torch.equal(one, two) for (_, one), (_, two) in zip(trainable(model), again, strict=True))
+
+
+def _base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.base_model.model.named_parameters():
+        if not parameter.requires_grad:
+            yield name.replace(".base_layer", ""), parameter
 
 
 def test_factors_have_the_compute_dtype_and_the_rank(llama_folder: Path) -> None:

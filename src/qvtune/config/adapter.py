@@ -2,13 +2,34 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from qvtune.config.section import Number, Positive, PositiveNumber, Section
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-_OF_FACTORS = {"rank", "alpha", "dropout"}  # settings of low-rank factors, which `full` and `bias` do not have
+_OF_FACTORS = {"rank", "alpha", "dropout", "init"}  # settings of low-rank factors, which not every method has
+_NO_METHODS = {  # others that people ask for -> why not
+    "adalora": "PEFT changes its factors in place after each step, where ZeRO keeps them in pieces with float32 "
+    "masters that would not follow, and adds a penalty to the loss of its own forward; choose lora or dora",
+    "qlora": "that is method: lora with model.quantization: nf4",
+    "lora+": "that is method: lora with a rate for B, as in optimizer.lr_multipliers.B=16",
+}
+_CHANGES_BASE = "it takes out of the base's matrices what the factors start with, so the adapter fits no other base; "
+_ALLOWED = "choose default, gaussian or orthogonal"
+_NO_INITS = {
+    "pissa": _CHANGES_BASE + _ALLOWED,
+    "olora": _CHANGES_BASE + _ALLOWED,
+    "eva": "it needs the data's activations at every projection before ZeRO's engine exists, which alone can run a "
+    f"sharded base; {_ALLOWED}",
+}
 
 
 class AdapterSection(Section):
@@ -31,6 +52,11 @@ class AdapterSection(Section):
     dropout: Number = Field(
         default=0.0, ge=0, lt=1, description="probability that an input of A is zeroed; not with method: full or bias"
     )
+    init: Literal["default", "gaussian", "orthogonal"] = Field(
+        default="default",
+        description="first values of A, where B is 0: default = uniform, as nn.Linear; gaussian = normal, deviation "
+        "1/rank; orthogonal = A and B whose product is 0 (even rank); not with method: full or bias",
+    )
     biases: bool = Field(default=False, description="with method: full, train the biases of these matrices, too")
 
     @property
@@ -42,6 +68,14 @@ class AdapterSection(Section):
     def trains_biases(self) -> bool:
         """Whether biases of the base are trained."""
         return self.biases or self.method == "bias"
+
+    @field_validator("method", "init", mode="before")
+    @classmethod
+    def _with_the_reason(cls, value: Any, setting: ValidationInfo) -> Any:
+        refused = _NO_METHODS if setting.field_name == "method" else _NO_INITS
+        if isinstance(value, str) and (reason := refused.get(value.lower())):
+            raise PydanticCustomError("refused", "is not supported: " + reason)
+        return value
 
     @field_validator("projections")
     @classmethod
@@ -56,6 +90,8 @@ class AdapterSection(Section):
             reason = "with method: {method} trains parameters of the base, without factors: {given} must not be set "
             values = {"method": self.method, "given": ", ".join(given)}
             raise PydanticCustomError("no_factors", reason + "(or choose method: lora)", values)
+        if self.init == "orthogonal" and self.rank % 2:
+            raise PydanticCustomError("odd_rank", "with init: orthogonal must have an even rank")
         if self.biases and self.method != "full":
             reason = "with method: {method} must not have biases: true (method: bias trains biases alone, full both)"
             raise PydanticCustomError("no_biases", reason, {"method": self.method})

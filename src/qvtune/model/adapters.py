@@ -57,6 +57,7 @@ def add_adapters(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; its annotation says int
         lora_dropout=adapter.dropout,
+        init_lora_weights=True if adapter.init == "default" else adapter.init,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
         target_modules=[family.projections[letter] for letter in adapter.projections],
