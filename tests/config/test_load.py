@@ -397,7 +397,7 @@ def test_a_source_in_a_list_is_placed_by_its_own_line(tmp_path: Path) -> None:
 
 def test_full_has_no_factors(tmp_path: Path) -> None:
     problem = only_problem(tmp_path, SMALLEST, "adapter.method=full", "adapter.rank=16", "adapter.dropout=0.0")
-    assert "adapter" in problem and "without factors: dropout, rank must not be set" in problem
+    assert "adapter" in problem and "trains no low-rank factors: dropout, rank must not be set" in problem
     config = load_config(write(tmp_path, SMALLEST), ["adapter.method=full"])
     assert config.model_dump()["adapter"] == {"method": "full", "projections": ("q", "v"), "biases": False}
     assert load_config(write(tmp_path, dump_config(config))) == config
@@ -405,7 +405,7 @@ def test_full_has_no_factors(tmp_path: Path) -> None:
 
 def test_biases_are_for_the_methods_that_have_them(tmp_path: Path) -> None:
     problem = only_problem(tmp_path, SMALLEST, "adapter.method=bias", "adapter.alpha=16")
-    assert "with method: bias trains parameters of the base, without factors: alpha must not be set" in problem
+    assert "with method: bias trains no low-rank factors: alpha must not be set" in problem
     problem = only_problem(tmp_path, SMALLEST, "adapter.method=lora", "adapter.biases=true")
     assert "adapter" in problem and "with method: lora must not have biases: true" in problem
     for method, biases in (("bias", "false"), ("full", "true")):

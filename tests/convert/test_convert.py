@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,28 @@ def test_merged_equals_pefts_merge(
     assert report.scaling == pytest.approx(6 / 4 if method == "lora" else 6 / 2)
     assert report.proof.top1_agreement == 1.0
     assert report.proof.max_abs_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"rank": 4, "projections": ["q", "k", "v", "o", "gate", "up", "down"]},
+        {"rank": 4, "projections": ["q", "gate", "down"], "method": "dora"},
+        {"projections": ["k", "v", "up", "down"], "method": "ia3"},
+    ],
+    ids=lambda adapter: adapter.get("method", "lora"),
+)
+def test_all_projections_of_a_model_with_biases_are_merged_as_by_peft(
+    make_run: MakeRun, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    """And written as an adapter that PEFT reads."""
+    base = make_model_folder(tmp_path / "base", "qwen2")
+    run = make_run(base, adapter=adapter)
+    report = convert(run, tmp_path / "merged")
+    expected = merged_by_peft(base, run / "checkpoints/latest", nf4=True, double_quant=True, dtype=torch.float32)
+    assert_equal_to_peft(tmp_path / "merged", expected)
+    assert report.proof.passed
+    assert convert(run, tmp_path / "adapter", format="adapter").proof.passed
 
 
 def test_biases_and_tensors_of_other_families_stay(make_run: MakeRun, tmp_path: Path) -> None:

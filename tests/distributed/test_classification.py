@@ -8,7 +8,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
@@ -87,16 +87,15 @@ class Reference:
             for name, parameter in base.named_parameters():
                 parameter.requires_grad_(name.endswith(ends) or name.startswith(tuple(new)))
             return base
+        common: dict[str, Any] = {
+            "task_type": "SEQ_CLS",
+            "target_modules": targets,
+            "modules_to_save": ["pooler"] if "bert.pooler" in new else None,
+        }
         torch.manual_seed(0)
-        lora = LoraConfig(
-            task_type="SEQ_CLS",
-            r=4,
-            lora_alpha=8,
-            use_dora=method == "dora",
-            target_modules=targets,
-            modules_to_save=["pooler"] if "bert.pooler" in new else None,
-        )
-        return get_peft_model(base, lora)
+        if method == "ia3":
+            return get_peft_model(base, IA3Config(feedforward_modules=[], **common))
+        return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, use_dora=method == "dora", **common))
 
     def train(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms."""

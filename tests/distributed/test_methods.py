@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import set_peft_model_state_dict
+from peft import IA3Config, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from qvtune.checkpoint.folder import complete_checkpoints, newest
@@ -20,7 +20,7 @@ from tests.distributed.test_classification import Reference
 from tests.support.lab import Job, Lab, add_encoders, classifier, make_lab
 
 ROUNDING = 1e-5
-METHODS = ("lora", "dora", "full", "bias")
+METHODS = ("lora", "dora", "ia3", "full", "bias")
 
 
 class Cell(NamedTuple):
@@ -119,8 +119,9 @@ def test_it_is_merged_with_proof(lab: Lab, cell: Cell, tmp_path: Path) -> None:
     assert report.proof.passed and report.proof.limits.top1_agreement == 1
     updated = [update for update in report.updates if not is_of_head(update.name)]
     modules = ("q_proj", "v_proj") if cell.task == "causal" else ("query", "value")
-    kind = "bias" if cell.method == "bias" else "weight"
-    assert [update.name.split(".")[-2:] for update in updated] == [[module, kind] for module in modules]
+    kinds = {"bias": ["bias"], "ia3": ["bias", "weight"]}.get(cell.method, ["weight"])
+    found = sorted(update.name.split(".")[-2:] for update in updated)
+    assert found == [[module, kind] for module in modules for kind in kinds]
     assert all(update.update_norm > 0 for update in updated)
 
 
@@ -161,4 +162,8 @@ def trained_by_peft(lab: Lab, cell: Cell) -> tuple[list[float], list[float]]:
     if cell.method in ("full", "bias"):
         kind = "weight" if cell.method == "full" else "bias"
         return reference.train(lab, reference.own_parameters_model(folder, quantized=quantized, kind=kind))
+    if cell.method == "ia3":
+        base = reference.rounded_model(folder) if quantized else reference.plain_model(folder)
+        ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+        return reference.train(lab, get_peft_model(base, ia3))
     return reference.train(lab, reference.adapted_model(folder, quantized=quantized, use_dora=cell.method == "dora"))

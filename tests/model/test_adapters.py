@@ -154,9 +154,9 @@ def test_the_method_decides_the_scaling(llama_folder: Path, method: Any, scaling
     torch.testing.assert_close(layer(hidden_states), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_saved_names_are_those_that_peft_writes(llama_folder: Path, tmp_path: Path, method: Any) -> None:
-    model = adapted(llama_folder, AdapterSection(method=method, projections=("q", "v", "o")))
+    model = adapted(llama_folder, AdapterSection(method=method, projections=("q", "v", "down")))
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {saved_name(name): parameter.shape for name, parameter in trainable(model)} == {
@@ -190,6 +190,7 @@ def test_group_and_factor_of_a_name() -> None:
     assert group_and_factor(f"{path}.self.value.lora_A.default.weight") == ("v", "A")
     assert group_and_factor(f"{path}.output.dense.lora_B.default.weight") == ("o", "B")
     assert group_and_factor("model.layers.11.self_attn.v_proj.weight") == ("v", None)
+    assert group_and_factor("base_model.model.model.layers.11.mlp.down_proj.ia3_l.default") == ("down", None)
     assert group_and_factor("model.layers.11.self_attn.v_proj.bias") == ("v", "bias")
     assert group_and_factor("model.mlp.gate_proj.lora_A.default.weight") == ("gate", "A")
     with pytest.raises(AssertionError, match="embed_tokens"):

@@ -35,10 +35,11 @@ _NO_INITS = {
 class AdapterSection(Section):
     """Which parameters are trained."""
 
-    method: Literal["lora", "rslora", "dora", "full", "bias"] = Field(
+    method: Literal["lora", "rslora", "dora", "ia3", "full", "bias"] = Field(
         default="lora",
         description="lora = factors scaled by alpha/rank; rslora = by alpha/sqrt(rank); dora = as lora, and a trained "
-        "norm for each output; full = the matrices themselves; bias = the biases alone",
+        "norm for each output; ia3 = a factor for each output, of down for each input; full = the matrices "
+        "themselves; bias = the biases alone",
     )
     projections: tuple[Projection, ...] = Field(
         default=("q", "v"),
@@ -46,23 +47,23 @@ class AdapterSection(Section):
         description="matrices that are trained: of the attention q, k, v, o; of a decoder's MLP gate, up, down",
     )
     rank: Positive = Field(
-        default=16, description="inner dimension of the factors A and B; not with method: full or bias"
+        default=16, description="inner dimension of the factors A and B; only with lora, rslora and dora"
     )
-    alpha: PositiveNumber = Field(default=32.0, description="numerator of the scale; not with method: full or bias")
+    alpha: PositiveNumber = Field(default=32.0, description="numerator of the scale; only with lora, rslora and dora")
     dropout: Number = Field(
-        default=0.0, ge=0, lt=1, description="probability that an input of A is zeroed; not with method: full or bias"
+        default=0.0, ge=0, lt=1, description="probability that an input of A is zeroed; only with lora, rslora and dora"
     )
     init: Literal["default", "gaussian", "orthogonal"] = Field(
         default="default",
         description="first values of A, where B is 0: default = uniform, as nn.Linear; gaussian = normal, deviation "
-        "1/rank; orthogonal = A and B whose product is 0 (even rank); not with method: full or bias",
+        "1/rank; orthogonal = A and B whose product is 0 (even rank); only with lora, rslora and dora",
     )
     biases: bool = Field(default=False, description="with method: full, train the biases of these matrices, too")
 
     @property
     def has_factors(self) -> bool:
-        """Whether A and B are trained beside the matrices, and not parameters of the base."""
-        return self.method not in ("full", "bias")
+        """Whether A and B are trained."""
+        return self.method in ("lora", "rslora", "dora")
 
     @property
     def trains_biases(self) -> bool:
@@ -87,7 +88,7 @@ class AdapterSection(Section):
     @model_validator(mode="after")
     def _only_what_the_method_has(self) -> Self:
         if given := sorted(_OF_FACTORS & self.model_fields_set) if not self.has_factors else []:
-            reason = "with method: {method} trains parameters of the base, without factors: {given} must not be set "
+            reason = "with method: {method} trains no low-rank factors: {given} must not be set "
             values = {"method": self.method, "given": ", ".join(given)}
             raise PydanticCustomError("no_factors", reason + "(or choose method: lora)", values)
         if self.init == "orthogonal" and self.rank % 2:

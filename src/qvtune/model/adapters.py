@@ -9,7 +9,7 @@ from torch import nn
 
 from qvtune.config.schema import AdapterSection
 from qvtune.errors import UserError
-from qvtune.model.families import FAMILIES, ends_in, family_of
+from qvtune.model.families import FAMILIES, Family, ends_in, family_of
 from qvtune.model.head import HEADS, POOLER
 
 HEAD = "head"
@@ -20,7 +20,7 @@ FACTORS = ("A", "B", "magnitude", "bias")  # what it can be there
 _HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join((*HEADS, POOLER))})\.")
 _TRAINED_NAME = re.compile(
     rf"\.(?P<module>{'|'.join(map(re.escape, _LETTER_OF))})"
-    r"\.(?:(?P<bias>bias)|(?:lora_(?P<factor>[AB]|magnitude)(?:_vector)?\.default\.)?weight)$"
+    r"\.(?:(?P<bias>bias)|ia3_l\.default|(?:lora_(?P<factor>[AB]|magnitude)(?:_vector)?\.default\.)?weight)$"
 )
 
 
@@ -42,9 +42,8 @@ def add_adapters(
 
     Raises UserError naming every chosen projection that the model does not have, or that has no bias to train.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    family = family_of(base)
     _require_projections(base, adapter)
     if adapter.method in ("full", "bias"):
         _train_own_parameters(base, adapter)
@@ -52,26 +51,40 @@ def add_adapters(
             base.get_submodule(path).requires_grad_(True)
         return base
     names = [path.rpartition(".")[2] for path in new_modules]  # PEFT adds those of heads for their task type
+    common: dict[str, Any] = {
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+        "modules_to_save": [name for name in names if task_type != "SEQ_CLS" or name not in HEADS] or None,
+    }
+    config = _peft_config(adapter, family_of(base), common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
+    return model
+
+
+def _peft_config(adapter: AdapterSection, family: Family, common: dict[str, Any]) -> Any:
+    """PEFT's configuration of a method that trains parameters beside the base."""
+    from peft import IA3Config, LoraConfig
+
+    common["target_modules"] = [family.projections[letter] for letter in adapter.projections]
+    if adapter.method == "ia3":
+        down = [family.projections["down"]] if "down" in adapter.projections else []
+        return IA3Config(feedforward_modules=down, **common)
     config = LoraConfig(
-        task_type=task_type,
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r; its annotation says int
         lora_dropout=adapter.dropout,
         init_lora_weights=True if adapter.init == "default" else adapter.init,
         use_rslora=adapter.method == "rslora",
         use_dora=adapter.method == "dora",
-        target_modules=[family.projections[letter] for letter in adapter.projections],
-        base_model_name_or_path=base_name,
-        modules_to_save=[name for name in names if task_type != "SEQ_CLS" or name not in HEADS] or None,
+        **common,
     )
     if adapter.method == "dora":
         from qvtune.model.dora import DoraLinear
 
         config._register_custom_module({nn.Linear: DoraLinear})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = get_peft_model(base, config, autocast_adapter_dtype=False)
-    return model
+    return config
 
 
 def _require_projections(base: nn.Module, adapter: AdapterSection) -> None:
@@ -135,7 +148,8 @@ def is_of_head(parameter_name: str) -> bool:
 def group_and_factor(parameter_name: str) -> tuple[str, str | None]:
     """``"...layers.0.self_attn.v_proj.lora_B.default.weight"`` -> ``("v", "B")``, of ``GROUPS`` and of ``FACTORS``.
 
-    A matrix itself is no factor. Parameters of a head, and of the pooler that belongs to it, are in the group ``head``.
+    A matrix itself is no factor, nor is a vector of (IA)^3. Parameters of a head, and of the pooler that belongs to it,
+    are in the group ``head``.
     """
     match = _TRAINED_NAME.search(parameter_name)
     if match is None:
@@ -148,4 +162,4 @@ def saved_name(parameter_name: str) -> str:
     """The name of a parameter in a checkpoint: that of PEFT's files; a matrix of the base has the base's own."""
     name = parameter_name.replace(".modules_to_save.default.", ".")
     name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
-    return name.replace(".default.weight", ".weight")
+    return name.replace(".default.weight", ".weight").replace(".ia3_l.default", ".ia3_l")

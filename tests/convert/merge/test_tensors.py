@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvtune.convert.merge.base import MergeBase
-from qvtune.convert.merge.changes import Adapter, Change, Composed, LazyReplacement, LowRank, Replaced, RowsReplaced
+from qvtune.convert.merge.changes import (
+    Adapter,
+    Change,
+    Composed,
+    LazyReplacement,
+    LowRank,
+    Replaced,
+    RowsReplaced,
+    Scaled,
+)
 from qvtune.convert.merge.tensors import Merger
 from qvtune.convert.proof.views import ModelView, adapted_base, as_merged
 from qvtune.model.fingerprint import ContentChecksums
@@ -40,6 +49,8 @@ CHANGES: dict[str, tuple[Callable[[Path], Change], bool]] = {
     "dora": (lambda _: low_rank(dora=True), True),
     "transposed": (lambda _: low_rank(transposed=True), True),
     "transposed dora": (lambda _: low_rank(transposed=True, dora=True), False),
+    "scaled outputs": (lambda _: Scaled(random(ROWS, 1)), True),
+    "scaled inputs": (lambda _: Scaled(random(1, COLUMNS)), True),
     "replaced": (lambda _: Replaced(random(ROWS, COLUMNS)), True),
     "lazy": (lazily, True),
     "tokens": (lambda _: RowsReplaced((0, 4, 9), random(3, COLUMNS)), True),

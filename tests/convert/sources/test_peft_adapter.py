@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -236,7 +236,7 @@ V = "base_model.model.model.layers.1.self_attn.v_proj"
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (configure(peft_type="IA3"), "peft_type is 'IA3'; only LORA"),
+        (configure(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
         (configure(layer_replication=[[0, 1]]), "layer_replication is .*repeats layers"),
         (configure(alora_invocation_tokens=[1]), "tokens after an invocation"),
         (configure(use_qalora=True), "use_qalora is True"),
@@ -278,6 +278,41 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(
     edit(adapter)
     with pytest.raises(UserError, match=problem):
         merged_by_us(adapter)
+
+
+K, DOWN = (f"base_model.model.model.layers.1.{module}.ia3_l" for module in ("self_attn.k_proj", "mlp.down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (tensors(lambda stored: stored.pop(K)), r"k_proj\.ia3_l is missing"),
+        (
+            tensors(lambda stored: stored.update({K: torch.ones(7, 1)})),
+            r"\[7, 1\], the base needs \[32, 1\] or \[1, 64\]",
+        ),
+        (configure(target_modules=["k_proj"]), r"down_proj\.ia3_l \[1, 100\] matches no target module"),
+        (configure(fan_in_fan_out=True), "fan_in_fan_out with IA3"),
+        (configure(peft_type="LORA", r=4, lora_alpha=4), r"k_proj\.ia3_l \[32, 1\] matches no target module"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused_with_the_reason(
+    llama_fp32_folder: Path, tmp_path: Path, edit: Callable[[Path], object], problem: str
+) -> None:
+    """(IA)^3, as PEFT saves it; unchanged, it is what PEFT merges."""
+    model = get_peft_model(
+        LM.from_pretrained(llama_fp32_folder),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = merged_by_peft(llama_fp32_folder, tmp_path / "adapter", LM).state_dict()
+    assert_same(merged_by_us(tmp_path / "adapter")[0], expected)
+    edit(tmp_path / "adapter")
+    with pytest.raises(UserError, match=problem):
+        merged_by_us(tmp_path / "adapter")
 
 
 def test_an_adapter_for_another_base_is_refused_by_every_misfit(llama_fp32_folder: Path, tmp_path: Path) -> None:

@@ -168,8 +168,10 @@ def _config(saved: SavedAdapter) -> peft.PeftConfig:
     values |= {"inference_mode": True, "init_lora_weights": True}
     for of_training in ("eva_config", "corda_config", "loftq_config", "lora_ga_config", "auto_mapping"):
         values.pop(of_training, None)
-    known = {field.name for field in fields(peft.LoraConfig)}  # what is not, was checked to have no effect
-    return peft.LoraConfig(**{key: value for key, value in values.items() if key in known - {"peft_type"}})
+    kind: Any = peft.IA3Config if saved.config.is_ia3 else peft.LoraConfig
+    known = {field.name for field in fields(kind)}  # what is not, was checked to have no effect
+    config: peft.PeftConfig = kind(**{key: value for key, value in values.items() if key in known - {"peft_type"}})
+    return config
 
 
 def _as_json(config: peft.PeftConfig) -> dict[str, Any]:

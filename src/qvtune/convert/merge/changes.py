@@ -69,6 +69,21 @@ class LowRank(Change):
 
 
 @dataclass(frozen=True)
+class Scaled(Change):
+    """``l * W`` ((IA)^3, arXiv 2205.05638); ``vector`` l: [out, 1] of outputs, [1, in] of inputs, [out] of a bias."""
+
+    vector: Tensor
+
+    def rows(self, first: int, last: int) -> "Scaled":
+        """See ``Change``."""
+        return self if self.vector.dim() == 2 and self.vector.shape[0] == 1 else Scaled(self.vector[first:last])
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """See ``Change``."""
+        return weight * self.vector.float()
+
+
+@dataclass(frozen=True)
 class Replaced(Change):
     """A tensor that was itself trained: ``modules_to_save`` and biases."""
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 _Value = TypeVar("_Value")
-_FACTORS = r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
+_FACTORS = r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta|ia3_l"
 _ADAPTER_NAME = re.compile(
     r"\.(?:lora_[AB]\.([^.]+)\.(?:weight|bias)|modules_to_save\.([^.]+)\.(?=.*(?:weight|bias)$))"
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qvtune.convert.merge.changes import Adapter, Change, Composed, LowRank, Replaced, RowsReplaced
+from qvtune.convert.merge.changes import Adapter, Change, Composed, LowRank, Replaced, RowsReplaced, Scaled
 from qvtune.convert.sources.heads import OUTPUT, head_settings, input_of, is_other_head, untie
 from qvtune.convert.sources.names import model_names, plain_keys
 from qvtune.convert.sources.peft_config import HEAD_TASKS, PeftConfig
@@ -17,6 +17,7 @@ from qvtune.model.head import is_head_tensor
 from qvtune.storage.safetensors import StoredTensor
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
+_VECTOR = re.compile(r"(?P<module>.+)\.ia3_l")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)\.weight")
@@ -67,14 +68,17 @@ class _Reader:
         self.parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.saved: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
+        self.vectors: dict[str, Tensor] = {}
         for key, tensor in self.plain.items():
             if match := _PART.fullmatch(key):
                 self.parts[match["module"]][match["part"]] = tensor
             elif match := _TOKENS.fullmatch(key):
                 self.tokens[match["module"]] = tensor
+            elif match := _VECTOR.fullmatch(key):
+                self.vectors[match["module"]] = tensor
             else:
                 self.saved[key] = tensor
-        wanted = [f"{module}.weight" for module in (*self.parts, *self.tokens)]
+        wanted = [f"{module}.weight" for module in (*self.parts, *self.tokens, *self.vectors)]
         task_type = self.config.get("task_type")
         names = model_names([*wanted, *self.saved], self.base)
         self.names = {
@@ -103,6 +107,8 @@ class _Reader:
             name = f"{module}.weight"
             if change := self._low_rank(module, parts):
                 changes[name] = Composed(changes[name], change) if name in changes else change
+        for module, vector in self.vectors.items():
+            changes |= self._scaled(module, vector)
         self.problems += self._missing()
         return changes
 
@@ -129,6 +135,20 @@ class _Reader:
         if not self._complete(module, parts, expected):
             return None
         return LowRank(parts[a], parts[b], self.config.scaling(module), transposed, parts.get(_MAGNITUDE))
+
+    def _scaled(self, module: str, vector: Tensor) -> dict[str, Change]:
+        """Of the weight, and of the bias where outputs are scaled."""
+        shape, key = self._shape(f"{module}.weight"), _key(f"{module}.ia3_l")
+        if shape is None or len(shape) != 2 or self.config.targets(module) is False or not self.config.is_ia3:
+            self.problems.append(f"{key} {list(vector.shape)} matches no target module of the base")
+            return {}
+        if vector.numel() and tuple(vector.shape) not in ((shape[0], 1), (1, shape[1])):
+            expected = f"[{shape[0]}, 1] or [1, {shape[1]}]"
+            self.problems.append(f"{key} has shape {list(vector.shape)}, the base needs {expected}")
+        changes: dict[str, Change] = {f"{module}.weight": Scaled(vector)}
+        if vector.shape[-1] == 1 and f"{module}.bias" in self.names:
+            changes[f"{module}.bias"] = Scaled(vector.flatten())
+        return changes
 
     @staticmethod
     def _conv1d_shape(parts: dict[str, Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -179,7 +199,8 @@ class _Reader:
 
     def _missing(self) -> Iterator[str]:
         """What the configuration promises for this base and nobody has saved."""
-        adapted_ends = {module.rpartition(".")[2] for module in self.parts}
+        adapted = {*self.parts, *self.vectors}
+        adapted_ends = {module.rpartition(".")[2] for module in adapted}
         for name, found in self.names.items():
             module, _, kind = name.rpartition(".")
             targeted = self.config.targets(module)
@@ -187,8 +208,9 @@ class _Reader:
                 targeted = module.rpartition(".")[2] in adapted_ends and not self.config.saves(name)
             inside = not self._has_own_head or bool(_IN_A_LAYER.search(module))  # else the base's file may have more
             shape = self.base[found].shape
-            if kind == "weight" and len(shape) == 2 and targeted and inside and module not in self.parts:
-                yield f"{_key(module)}.lora_A.weight {[self.config.rank(module), shape[1]]} is missing"
+            if kind == "weight" and len(shape) == 2 and targeted and inside and module not in adapted:
+                part = "ia3_l" if self.config.is_ia3 else f"lora_A.weight {[self.config.rank(module), shape[1]]}"
+                yield f"{_key(module)}.{part} is missing"
             of_bias = {"none": False, "all": inside, "lora_only": targeted}
             if kind == "bias" and of_bias[self.config.bias] and name not in self.saved:
                 yield f"{_key(name)} is missing (bias: {self.config.bias})"

@@ -35,6 +35,7 @@ _KNOWN = {
     *("alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform"),
     *("lora_alpha", "modules_to_save", "r", "rank_pattern", "target_modules", "trainable_token_indices"),
     *("use_dora", "use_rslora"),
+    *("feedforward_modules", "init_ia3_weights"),  # of (IA)^3
     "enable_lora",  # of the first versions, where it was null
     "merge_weights",
 }
@@ -44,16 +45,18 @@ _BASE_CHANGED = re.compile(r"(pissa|olora|corda|lora_ga|loftq)")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """adapter_config.json of a LoRA; ``path`` for messages."""
+    """adapter_config.json of a LoRA or an (IA)^3; ``path`` for messages."""
 
     path: Path
     values: Mapping[str, Any]
 
     def problems(self) -> Iterator[str]:
         """Everything that cannot be merged, with the reason."""
-        if (kind := self.values.get("peft_type")) != "LORA":
-            yield f"{self.path}: peft_type is {kind!r}; only LORA (with rsLoRA and DoRA) can be merged"
+        if (kind := self.values.get("peft_type")) not in ("LORA", "IA3"):
+            yield f"{self.path}: peft_type is {kind!r}; only LORA (with rsLoRA and DoRA) and IA3 can be merged"
             return
+        if self.is_ia3 and self.values.get("fan_in_fan_out"):
+            yield f"{self.path}: fan_in_fan_out with IA3: matrices stored as [in, out] can be merged of LORA only"
         for key, value in self.values.items():
             if value and key not in _KNOWN:
                 yield f"{self.path}: {key} is {value!r}: {_REASONS.get(key, 'unknown')}; cannot be merged"
@@ -64,9 +67,14 @@ class PeftConfig:
             )
         if self.bias not in ("none", "all", "lora_only"):
             yield f"{self.path}: bias is {self.bias!r}; allowed: none, all, lora_only"
-        for key in ("r", "lora_alpha"):
+        for key in () if self.is_ia3 else ("r", "lora_alpha"):
             if not isinstance(self.values.get(key), int | float):
                 yield f"{self.path}: {key} is {self.values.get(key)!r}; must be a number"
+
+    @property
+    def is_ia3(self) -> bool:
+        """Whether vectors were trained, not factors."""
+        return bool(self.values.get("peft_type") == "IA3")
 
     @property
     def bias(self) -> Literal["none", "all", "lora_only"]:
