@@ -171,7 +171,7 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     """Before the first step, after the last, and every ``eval_every`` steps; or where that was interrupted."""
     state, plan = run.state, run.plan
     is_due = state.step in (0, plan.max_steps) or _due(state.step, config.train.eval_every)
-    if not plan.eval_sets or not is_due or state.step in state.evaluations:
+    if not plan.eval_sets or not is_due or "loss" in state.evaluations.get(state.step, {}):
         return
     size = config.train.micro_batch_size
     found, seconds = evaluate_sets(run.engine, plan.task, plan.eval_sets, size, plan.pad_token_id, stop.poll)
