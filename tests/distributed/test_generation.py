@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2-nf4": {**ZERO2, "train__best_metric": "exact_match", "train__save_every": 2},
     "dora": {"adapter__method": "dora"},
     "full": FULL,
+    "ia3": {"adapter": {"method": "ia3", "projections": ["q", "v", "down"]}},
 }
 ALONE = {"prompts": "hello", "every": MAX_STEPS, "max_new_tokens": 3}
 DURING_GENERATION = {
