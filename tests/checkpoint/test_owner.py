@@ -36,7 +36,7 @@ def write_run(run_dir: Path, resume: str, mark: str, before_append: Callable[[],
     config = RunConfig.model_validate(
         {"run_dir": str(run_dir), "train": {"max_steps": 3}, "checkpoint": {"resume": resume}}
     )
-    _, owner = open_run_folder(config, {"mark": mark}, {})
+    _, owner, _ = open_run_folder(config, {"mark": mark}, {})
     assert owner is not None
     with owner.writing() as workspace:
         metrics = MetricsLog(run_dir, 1, workspace)

@@ -1,6 +1,7 @@
 """What is in a checkpoint, as far as no engine is needed: PEFT reads it, and an adapter comes back from it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_the_optimizer_is_stored_by_parameter_name(llama_fp32_folder: Path, tmp_
         assert torch.equal(stored[f"master/{short}"], parameter + 0.25)
         assert stored[f"exp_avg/{short}"].unique().tolist() == [len(name)]
         assert stored[f"exp_avg_sq/{short}"].unique().tolist() == [1000 + len(name)]
+
+
+@pytest.mark.parametrize(
+    ("of", "spoil", "message"),
+    [
+        ("lora_A", lambda values: values.fill_(0), "value is all zero"),
+        ("lora_A", lambda values: values[-1].fill_(float("inf")), "value is not finite"),
+        ("lora_B", lambda values: values[0].fill_(float("nan")), "value is not finite"),
+    ],
+)
+def test_what_training_cannot_go_on_from_is_not_saved(
+    llama_fp32_folder: Path, tmp_path: Path, of: str, spoil: Callable[[torch.Tensor], object], message: str
+) -> None:
+    model = adapted(llama_fp32_folder)  # every B is zero, as at the start
+    name, parameter = next(item for item in trainable(model) if of in item[0])
+    spoil(parameter.data)
+    with pytest.raises(RuntimeError, match="step 7 is not saved") as caught:
+        save_checkpoint(model, tmp_path, TrainerState(step=7))
+    assert f"{name}: {message}" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_counters_come_back(llama_fp32_folder: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import json
 import shutil
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from qvtune.checkpoint.folder import step_folder
 from qvtune.model.quantize import quantize
 from qvtune.versions import repository
 from tests.distributed.worker import LEAKING
@@ -170,6 +172,7 @@ def two(lab: Lab) -> Results:
     ]
     results = _launch(lab, "two", 2, jobs, unfinished=["killed"])
     change_one_weight(lab.folder / "other" / "model.safetensors")
+    damaged_copy(lab.run_dir("killed") / "checkpoints", step=3)
     for copy in ("refused", "stopped-on-three"):
         lab.copy_run("stopped", copy)
     lab.copy_run("bert-stopped", "bert-stopped-on-three")
@@ -216,6 +219,14 @@ def three(lab: Lab, two: Results) -> Results:
         *_shares(lab, 3),
     ]
     return _launch(lab, "three", 3, jobs)
+
+
+def damaged_copy(checkpoints: Path, step: int) -> None:
+    """A checkpoint of the next step, with one byte of the moments changed."""
+    newer = shutil.copytree(step_folder(checkpoints, step), step_folder(checkpoints, step + 1))
+    content = bytearray((newer / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newer / "optimizer.safetensors").write_bytes(content)
 
 
 def _base(lab: Lab, name: str, **changes: Any) -> Job:

@@ -68,6 +68,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(lab: Lab, two_later: Resu
     assert first == second
 
 
+def test_its_damaged_checkpoint_is_set_aside(lab: Lab, two_later: Results) -> None:
+    """The run that was killed had a newer one, of step 4; it goes on exactly from that of step 3."""
+    first, second = lab.events("killed", "run_start")
+    assert "damaged_checkpoints" not in first
+    assert (second["step"], second["damaged_checkpoints"]) == (3, ["step-00000004.damaged"])
+    assert (lab.run_dir("killed") / "checkpoints" / "step-00000004.damaged").is_dir()
+
+
 def test_a_run_goes_on_with_more_ranks(lab: Lab, three: Results) -> None:
     assert [entry["world_size"] for entry in lab.events("stopped-on-three", "run_start")] == [2, 3]
     assert [result["stopped-on-three"] for result in three] == [{"code": 0}] * 3

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,64 @@ def test_a_run_dir_that_is_a_file(tmp_path: Path, mode: str) -> None:
         find_resume(config(tmp_path / "run", checkpoint={"resume": mode}))
 
 
-@pytest.mark.parametrize("mode", ["if_available", "always"])
-def test_a_damaged_checkpoint_is_an_error_and_no_fresh_start(tmp_path: Path, mode: str) -> None:
-    run = config(tmp_path / "run", checkpoint={"resume": mode})
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "trainer_state.json").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "trainer_state.json").write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (flip_a_bit, "the content is not what was written"),
+    "cut off": (lambda folder: (folder / "trainer_state.json").write_text("{}"), "2 bytes"),
+    "a file": (lambda folder: (folder / "trainer_state.json").unlink(), "missing"),
+    "the manifest": (lambda folder: (folder / "manifest.json").unlink(), "cannot be read"),
+    "half of the manifest": (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    damage, message = DAMAGE[what]
+    run = config(tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    whole = write_checkpoint(run, 1)
+    for step in (2, 3):
+        damage(write_checkpoint(run, step))
+    checkpoint_folder.mark_best(checkpoints, {1: 2.0, 3: 1.0})
+    names = {path.name for path in checkpoints.iterdir()}
+    assert find_resume(run) == whole
+    assert {path.name for path in checkpoints.iterdir()} == names, "changed by a look"
+
+    resume, _, damaged = open_run_folder(run, {}, {})
+    assert (resume, damaged) == (whole, ["step-00000002.damaged", "step-00000003.damaged"])
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000001", "latest", *damaged}
+    assert (checkpoints / "latest").resolve() == whole
+    said = "".join("".join(capsys.readouterr()).split())
+    for part in (message, "step-00000003.damaged,andtherungoesonfromstep-00000001"):
+        assert part.replace(" ", "") in said
+
+    damage(write_checkpoint(run, 2))  # once more at the same step
+    assert open_run_folder(run, {}, {})[2] == ["step-00000002.damaged.2"]
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun(tmp_path: Path) -> None:
+    run = config(tmp_path / "run")
+    for step in (1, 2):
+        (write_checkpoint(run, step) / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        find_resume(run)
+    newer, older, advice = caught.value.problems
+    assert "step-00000002" in newer and "step-00000001" in older
+    assert advice.startswith("all checkpoints are damaged: start from scratch with checkpoint.resume=never")
+
+
+def test_always_does_not_go_back_by_itself(tmp_path: Path) -> None:
+    run = config(tmp_path / "run", checkpoint={"resume": "always"})
     write_checkpoint(run, 1)
     (write_checkpoint(run, 2) / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match="2 bytes"):
+    with pytest.raises(UserError, match=r"2 bytes.*\n.*go on from the one before with checkpoint\.resume=if_available"):
         find_resume(run)
 
 
@@ -171,7 +224,7 @@ def test_a_checkpoint_of_a_version_with_fewer_settings_has_their_defaults(tmp_pa
 
 def test_the_record_of_a_new_run(tmp_path: Path) -> None:
     run = config(tmp_path / "runs/new")
-    resume, owner = open_run_folder(run, {"zero_optimization": {"stage": 3}}, {"data.train": {"rows": 3}})
+    resume, owner, _ = open_run_folder(run, {"zero_optimization": {"stage": 3}}, {"data.train": {"rows": 3}})
     assert resume is None and owner is not None and owner.run_dir == tmp_path / "runs/new"
     written = {path.name for path in (tmp_path / "runs/new").iterdir() if not path.name.startswith(".owner-")}
     assert written == {"config.yaml", "deepspeed.json", "data.json", "environment.json", "checkpoints"}

@@ -7,6 +7,7 @@ checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   th
                              base.json                  fingerprint of the base, tensor by tensor
                              manifest.json              size and sha256 of each file above
 checkpoints/latest           symbolic link to the newest complete one
+checkpoints/step-00000040.damaged   one whose files were no longer those of its manifest when a run resumed
 checkpoints/best             symbolic link to the one with the best evaluation, by the metric of the task
 
 ``workspace`` is where a folder lies before it appears and after it was taken away: a hidden place on the same file
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,39 @@ def remove_unfinished(checkpoints: Path) -> None:
         shutil.rmtree(folder)
 
 
+def newest_whole(checkpoints: Path, verified: Path | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are those of its manifest, or None; what is wrong with each newer one.
+
+    ``verified`` is one that need not be looked at again.
+    """
+    problems: list[str] = []
+    for folder in reversed(complete_checkpoints(checkpoints)):
+        if folder == verified or not (found := _differences(folder)):
+            return folder, problems
+        problems += found
+    return None, problems
+
+
+def set_damaged_aside(checkpoints: Path, whole: Path, workspace: Path | None = None) -> list[Path]:
+    """Rename the checkpoints that are newer than ``whole`` to ``step-*.damaged``; returns where they are now.
+
+    ``latest`` then points to ``whole``, and ``best`` is gone if it pointed to one of them: it is found again from the
+    evaluations when the next checkpoint is written.
+    """
+    aside = []
+    for folder in complete_checkpoints(checkpoints):
+        if folder.name > whole.name:
+            names = (f"{folder.name}.damaged{number}" for number in chain([""], (f".{n}" for n in count(2))))
+            free = next(path for name in names if not (path := checkpoints / name).exists())
+            os.rename(folder, free)
+            aside.append(free)
+    if aside:
+        _point("latest", whole, workspace or checkpoints)
+        if not (checkpoints / "best").exists():
+            (checkpoints / "best").unlink(missing_ok=True)
+    return aside
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint that a user means: the folder itself, ``latest`` or ``best``, or a run folder (its newest).
 
@@ -105,10 +140,16 @@ def resolve(path: Path) -> Path:
 
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises UserError listing all that differ."""
+    if problems := _differences(folder):
+        raise UserError([*problems, f"{folder} is damaged; delete it to use the checkpoint before it"])
+
+
+def _differences(folder: Path) -> list[str]:
+    """How the files of a checkpoint differ from its manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise UserError([f"{folder / MANIFEST}: cannot be read ({error})", _damaged(folder)]) from error
+        return [f"{folder / MANIFEST}: cannot be read ({error})"]
     problems = []
     for name, entry in manifest.items():
         path = folder / name
@@ -118,12 +159,7 @@ def verify(folder: Path) -> None:
             problems.append(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written")
         elif sha256(path) != entry["sha256"]:
             problems.append(f"{path}: the content is not what was written (sha256)")
-    if problems:
-        raise UserError([*problems, _damaged(folder)])
-
-
-def _damaged(folder: Path) -> str:
-    return f"{folder} is damaged; delete it to use the checkpoint before it"
+    return problems
 
 
 def _step_of(folder: Path) -> int:

@@ -16,6 +16,7 @@ from qvtune.storage.files import write_json
 
 TRAINED = "trained.safetensors"  # takes the place of the adapter where matrices of the base are trained
 ADAPTER, OPTIMIZER, _BASE = "adapter_model.safetensors", "optimizer.safetensors", "base.json"
+_PROBLEMS_SHOWN = 10
 STATES = ("master", "exp_avg", "exp_avg_sq")  # fp32 master and AdamW's moments
 
 # Parameter name -> "value" (as forward uses it, in the compute dtype) and STATES; on the CPU.
@@ -49,7 +50,9 @@ def save(
     """Write the files of one checkpoint into ``folder``; called on rank 0 alone.
 
     ``peft_config`` is that of the adapter, with which PEFT reads it; None where matrices of the base are trained.
+    Raises RuntimeError, naming the tensors, where one is empty, is not finite, or has become all zero.
     """
+    _require_sound(state, trainer.step)
     values = {saved_name(name): entry["value"] for name, entry in state.items()}
     save_file(values, folder / (TRAINED if peft_config is None else ADAPTER), metadata={"format": "pt"})
     kept = {f"{key}/{saved_name(name)}": entry[key] for name, entry in state.items() for key in STATES}
@@ -58,6 +61,23 @@ def save(
         peft_config.save_pretrained(folder)
     write_json(folder / "trainer_state.json", vars(trainer))
     write_json(folder / _BASE, base)
+
+
+def _require_sound(state: TrainedState, step: int) -> None:
+    """Matrices are never all zero but for B of LoRA, which begins so; a bias may be."""
+    problems = []
+    for name, entry in state.items():
+        for key, tensor in entry.items():
+            if not tensor.numel():
+                problems.append(f"{name}: {key} is empty")
+            elif not tensor.isfinite().all():
+                problems.append(f"{name}: {key} is not finite")
+        value = entry["value"]
+        if value.dim() > 1 and value.numel() and not value.any() and "lora_B" not in name:
+            problems.append(f"{name}: value is all zero")
+    if problems:
+        first = "\n".join(problems[:_PROBLEMS_SHOWN])
+        raise RuntimeError(f"step {step} is not saved, {len(problems)} problems; earlier checkpoints stay:\n{first}")
 
 
 def trained_base(folder: Path) -> Fingerprint:

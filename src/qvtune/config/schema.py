@@ -139,7 +139,8 @@ class CheckpointSection(Section):
     resume: Literal["never", "if_available", "always"] = Field(
         default="if_available",
         description="never = start from scratch (an earlier run in run_dir is renamed, not deleted); "
-        "if_available = resume from the newest checkpoint if there is one; always = fail if there is none",
+        "if_available = resume from the newest checkpoint that is not damaged, if there is one; always = fail if there "
+        "is none or the newest is damaged",
     )
 
 

@@ -48,7 +48,11 @@ def train(config: RunConfig) -> int:
     run_started, reason = time.monotonic(), "stopped"
     record, close = _recorder(run)
 
-    record("run_start", step=state.step, max_steps=max_steps, world_size=world_size, resumed_from=str(run.resume or ""))
+    damaged = {"damaged_checkpoints": run.damaged} if run.damaged else {}
+    resumed_from = str(run.resume or "")
+    record(
+        "run_start", step=state.step, max_steps=max_steps, world_size=world_size, resumed_from=resumed_from, **damaged
+    )
     record("base_loaded", **_largest(vars(run.load)))
     with StepDisplay(state.step, max_steps, visible=process_group.is_main()) as display:
         try:

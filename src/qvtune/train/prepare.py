@@ -36,6 +36,7 @@ class Run:
     run_dir: Path
     owner: Owner | None  # on rank 0, which alone writes there
     resume: Path | None
+    damaged: list[str]  # on rank 0: newer checkpoints that were damaged, as they are called now
     state: TrainerState
     load: LoadReport
     fingerprint: Fingerprint
@@ -52,7 +53,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     stop.poll()
     config = planned.config
     whole = _whole_model(config, planned) if planned.prompts else None
-    resume, owner = open_run_folder(config, planned.deepspeed_config, planned.data_statistics, planned.resume)
+    resume, owner, damaged = open_run_folder(config, planned.deepspeed_config, planned.data_statistics, planned.resume)
     if resume is not None:
         checkpoint_engine.load_trained(resume, model)
         state = checkpoint_state.load_trainer_state(resume)
@@ -62,7 +63,7 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
     else:
         state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
     engine = _start_engine(model, config, planned, resume, state)
-    return Run(engine, planned, Path(config.run_dir), owner, resume, state, load, content, whole)
+    return Run(engine, planned, Path(config.run_dir), owner, resume, damaged, state, load, content, whole)
 
 
 def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:

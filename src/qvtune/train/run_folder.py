@@ -44,6 +44,7 @@ _FREE_SETTINGS = {
     "classification": {"metric"},
 }
 _DATA = "data.json"
+_NONE_WHOLE = "start from scratch with checkpoint.resume=never (the old run is moved aside), or in another run_dir"
 _OF_THE_JOB = ("logs", "submitted")  # made before the run starts; they may hold the code that is running
 
 
@@ -64,21 +65,25 @@ def find_resume(config: RunConfig, verified: Path | None = None) -> Path | None:
     """The checkpoint that this run resumes from, verified; None for a new run.
 
     ``verified`` names one that has been verified before by this start: comparing its files once is enough.
-    Raises UserError when ``checkpoint.resume: always`` finds none, when the checkpoint is damaged, and when it was made
-    with settings that give other losses.
+    With ``checkpoint.resume: if_available`` it is the newest that is not damaged. Raises UserError when all are damaged
+    (with ``always``: when the newest is), when ``always`` finds none, and when the checkpoint was made with settings
+    that give other losses.
     """
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir: {run_dir} is a file; give a folder")
     if config.checkpoint.resume == "never":
         return None
-    found = checkpoint_folder.newest(run_dir / "checkpoints")
+    checkpoints, must_exist = run_dir / "checkpoints", config.checkpoint.resume == "always"
+    found, problems = checkpoint_folder.newest_whole(checkpoints, verified)
+    if problems and (found is None or must_exist):
+        which = "the newest checkpoint is" if found else "all checkpoints are"
+        advice = "delete it, or go on from the one before with checkpoint.resume=if_available" if found else _NONE_WHOLE
+        raise UserError([*problems, f"{which} damaged: {advice}"])
     if found is None:
-        if config.checkpoint.resume == "always":
-            raise UserError(f"checkpoint.resume: always, but {run_dir / 'checkpoints'} holds no checkpoint")
+        if must_exist:
+            raise UserError(f"checkpoint.resume: always, but {checkpoints} holds no checkpoint")
         return None
-    if found != verified:
-        checkpoint_folder.verify(found)
     now = trajectory_settings(config)
     differences = _differences(_completed(load_trainer_state(found).trajectory, now, config), now)
     if differences:
@@ -154,18 +159,21 @@ def _comparable(statistics: dict[str, Any]) -> dict[str, Any]:
 
 def open_run_folder(
     config: RunConfig, deepspeed_config: dict[str, Any], data: dict[str, Any], verified: Path | None = None
-) -> tuple[Path | None, Owner | None]:
+) -> tuple[Path | None, Owner | None, list[str]]:
     """Take the folder; write config.yaml, deepspeed.json, data.json and environment.json. Collective, rank 0 writes.
 
-    Returns the checkpoint to resume from, as ``find_resume`` does, now that no other run can add or delete one, and
-    on rank 0 the owner; ``verified``: see there. Where a new run starts, files of an earlier one are moved to
-    ``run_dir.1``, ``.2``, ...
-    The job's own ``logs`` and ``submitted`` stay.
+    Returns the checkpoint to resume from, as ``find_resume`` does, now that no other run can add or delete one; on
+    rank 0 the owner; and on rank 0 the names of newer, damaged checkpoints as they are now. ``verified``: see there.
+    Where a new run starts, files of an earlier one are moved to ``run_dir.1``, ``.2``, ... The job's own ``logs`` and
+    ``submitted`` stay.
     """
     hosts = process_group.all_gather_object(socket.gethostname())
     owner = take(Path(config.run_dir)) if process_group.is_main() else None
     resume = process_group.on_main(lambda: find_resume(config, verified))
+    damaged: list[str] = []
     if owner is not None:
+        if resume is not None:
+            damaged = _set_damaged_aside(owner, resume)
         if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
             console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
         for setting in data:
@@ -182,7 +190,17 @@ def open_run_folder(
             checkpoints.mkdir(exist_ok=True)
             checkpoint_folder.remove_unfinished(checkpoints)
     process_group.barrier()
-    return resume, owner
+    return resume, owner, damaged
+
+
+def _set_damaged_aside(owner: Owner, resume: Path) -> list[str]:
+    _, problems = checkpoint_folder.newest_whole(resume.parent, resume)
+    with owner.writing() as workspace:
+        aside = checkpoint_folder.set_damaged_aside(resume.parent, resume, workspace)
+    for path in aside:
+        lost = f"damaged checkpoint: it is now {path}, and the run goes on from {resume.name}, the newest whole one"
+        console().print("\n".join([*problems, lost]), markup=False, style="bold red")
+    return [path.name for path in aside]
 
 
 def environment(hosts: list[str]) -> dict[str, Any]:
