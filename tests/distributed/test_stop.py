@@ -56,6 +56,13 @@ def test_a_signal_stops_at_the_next_poll(number: signal.Signals) -> None:
             poll()
 
 
+def test_a_run_stops_by_itself_after_its_hours() -> None:
+    for poll in (StopRequest(max_hours=1e-9).poll, StopRequest(max_hours=1e-9).poll_alone):
+        with pytest.raises(StopRequested, match=r"stopped after train\.max_hours=1e-09"):
+            poll()
+    StopRequest(max_hours=1).poll()
+
+
 def test_other_signals_are_not_meant() -> None:
     request = StopRequest()
     before = signal.signal(signal.SIGUSR2, lambda *_: None)

@@ -167,6 +167,7 @@ def test_what_does_not_decide_the_losses_may_change(tmp_path: Path) -> None:
             "activation_checkpointing": True,
             "generate": {"prompts": ["hello"]},
             "best_metric": "token_accuracy",
+            "max_hours": 0.5,
         },
     )
     assert find_resume(changed) == step_folder(run_dir / "checkpoints", 2)

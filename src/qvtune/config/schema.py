@@ -104,6 +104,9 @@ class TrainSection(Section):
         default=0, description="optimizer steps between checkpoints; 0 = only after the last step"
     )
     stop_after_step: Positive | None = Field(default=None, description="save after this step and exit with code 75")
+    max_hours: PositiveNumber | None = Field(
+        default=None, description="save after so many hours since the start, whatever the step, and exit with code 75"
+    )
     early_stopping: Positive | None = Field(
         default=None,
         description="end the run after so many evaluations in a row without a better value of the metric that decides "
@@ -141,6 +144,11 @@ class CheckpointSection(Section):
         description="never = start from scratch (an earlier run in run_dir is renamed, not deleted); "
         "if_available = resume from the newest checkpoint that is not damaged, if there is one; always = fail if there "
         "is none or the newest is damaged",
+    )
+    max_failed_saves: Positive = Field(
+        default=3,
+        description="stop with exit code 75 when so many checkpoints in a row could not be written (no space, a file "
+        "system that is away)",
     )
 
 

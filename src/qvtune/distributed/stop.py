@@ -7,6 +7,7 @@ one, ``REPEAT_SECONDS`` or more after the first of that kind.
 """
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -24,10 +25,13 @@ _numbers = itertools.count()
 class StopRequest:
     """Handles stop signals from its construction to the end of the process. Create one per run, on all ranks.
 
-    Signals that ``record_stop_signals`` has recorded before count as well.
+    Signals that ``record_stop_signals`` has recorded before count as well. ``max_hours`` from now on it requests a stop
+    itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_hours: float | None = None) -> None:
+        self._max_hours = max_hours
+        self._deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         self.signal: signal.Signals | None = None
         self._first_seconds: dict[signal.Signals, float] = {}
         self._announcement = f"qvtune/stop-{next(_numbers)}"
@@ -61,9 +65,14 @@ class StopRequest:
             raise StopRequested(self._reason())
 
     def _requested(self) -> bool:
-        return self.signal is not None or self._launcher != _deepspeed_launcher()
+        return self.signal is not None or self._is_late() or self._launcher != _deepspeed_launcher()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
 
     def _reason(self) -> str:
+        if self.signal is None and self._is_late():
+            return f"stopped after train.max_hours={self._max_hours:g}"
         found = self.signal.name if self.signal else process_group.announced(self._announcement)
         return f"stopped on request ({found or 'of another rank, or the launcher has exited'})"
 

@@ -6,11 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qvtune.console import console
+
 
 class MetricsLog:
     """Appends events to ``run_dir/metrics.jsonl``; numbers of steps, evaluations and generations also to TensorBoard.
 
-    For rank 0 alone. ``workspace``: as in qvtune/checkpoint/folder.py.
+    For rank 0 alone. ``workspace``: as in qvtune/checkpoint/folder.py. What the file system refuses later does not end
+    a run: it is said once; lines are kept until they can be written, TensorBoard ends.
     """
 
     def __init__(self, run_dir: Path, first_step: int, workspace: Path | None = None) -> None:
@@ -23,14 +26,25 @@ class MetricsLog:
         self._file = own.open("a", encoding="utf-8")
         os.replace(own, path)
         # After a crash, steps since the last checkpoint are run again: TensorBoard drops their first values.
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._is_late = False
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line and flush it: {"event", "time" (seconds since 1970), ...fields}."""
         self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
-        self._file.flush()
-        if event in ("step", "eval", "generation"):
-            self._to_board(event, fields, fields["step"])
+        try:
+            self._file.flush()  # where that fails the file object keeps what is left, and the next flush writes it
+            self._is_late = False
+        except OSError as error:
+            if not self._is_late:
+                console().print(f"metrics.jsonl: {error}; its lines are kept and tried again", markup=False)
+            self._is_late = True
+        if self._board is not None and event in ("step", "eval", "generation"):
+            try:
+                self._to_board(event, fields, fields["step"])
+            except OSError as error:
+                console().print(f"tensorboard: {error}; it is off until the next start", markup=False)
+                self._board = None
 
     def _to_board(self, event: str, fields: dict[str, Any], step: int) -> None:
         """Entries of a mapping, however deep, by their path: eval/sets/NAME/loss."""
@@ -42,8 +56,11 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close metrics.jsonl and TensorBoard."""
-        self._file.close()
-        self._board.close()
+        for opened in filter(None, (self._file, self._board)):
+            try:
+                opened.close()
+            except OSError as error:
+                console().print(f"the last lines of metrics.jsonl or of tensorboard are lost: {error}", markup=False)
 
 
 def read_metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:

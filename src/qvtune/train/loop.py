@@ -3,14 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qvtune.checkpoint import folder as checkpoint_folder
-from qvtune.checkpoint import state as checkpoint_state
-from qvtune.checkpoint.engine import gather_state
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch
 from qvtune.distributed import process_group
@@ -26,6 +22,7 @@ from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.generate import generate
 from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
+from qvtune.train.save import Saves, followed, mark_best
 
 EXIT_DONE = 0
 Record = Callable[..., None]  # event, fields -> metrics.jsonl
@@ -39,14 +36,14 @@ def train(config: RunConfig) -> int:
 
     Raises StopRequested when the request comes before the run folder is opened, when there is nothing to save.
     """
-    stop = StopRequest()
+    stop = StopRequest(config.train.max_hours)
     run = prepare(config, stop)
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
     settings, rows, world_size = config.train, run.plan.rows, process_group.world_size()
     last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
-    saved_step = state.step if run.resume else None
     run_started, reason = time.monotonic(), "stopped"
     record, close = _recorder(run)
+    saves = Saves(run, config, record)
 
     damaged = {"damaged_checkpoints": run.damaged} if run.damaged else {}
     resumed_from = str(run.resume or "")
@@ -85,14 +82,14 @@ def train(config: RunConfig) -> int:
                     metric = followed_metric(settings, run.plan.task)[0]
                     display.say(f"step {state.step}: no better {metric} for {settings.early_stopping} evaluations")
                 if state.step == last_step or _due(state.step, settings.save_every):
-                    _save(run, config, display, record)
-                    saved_step = state.step
-            reason = "completed" if state.step == max_steps or _ends_early(run, config) else "stopped"
+                    saves.save(display.say)
+            if saves.is_saved and (state.step == max_steps or _ends_early(run, config)):
+                reason = "completed"
         except StopRequested as request:
             # Gradients of an incomplete step are in no checkpoint: the step will be run again from its start.
             display.say(f"{request}: step {state.step} of {max_steps} is the last complete step")
-            if state.step != saved_step:
-                _save(run, config, display, record)
+            if not saves.is_saved:
+                saves.save(display.say, is_last=True)
 
         peak = _largest({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": _peak_device_bytes()})
         record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
@@ -185,7 +182,7 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     record("eval", step=state.step, **first, seconds=seconds, **({"sets": found} if len(found) > 1 else {}))
     if run.owner is not None:
         with run.owner.writing() as workspace:
-            _mark_best(run, config, workspace)
+            mark_best(run, config, workspace)
 
 
 def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
@@ -204,50 +201,15 @@ def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
         state.evaluations.setdefault(state.step, {})["exact_match"] = found.exact_match
         if run.owner is not None:
             with run.owner.writing() as workspace:
-                _mark_best(run, config, workspace)
-
-
-def _mark_best(run: Run, config: RunConfig, workspace: Path) -> None:
-    """``checkpoints/best`` follows the metric of the task, or ``train.best_metric``."""
-    _, higher_is_better = followed_metric(config.train, run.plan.task)
-    checkpoint_folder.mark_best(run.run_dir / "checkpoints", _values(run, config), higher_is_better, workspace)
-
-
-def _values(run: Run, config: RunConfig) -> dict[int, float]:
-    """Step -> the metric that is followed, of all evaluations so far that have it."""
-    name, _ = followed_metric(config.train, run.plan.task)
-    return {step: metrics[name] for step, metrics in run.state.evaluations.items() if name in metrics}
+                mark_best(run, config, workspace)
 
 
 def _ends_early(run: Run, config: RunConfig) -> bool:
     """Whether the metric that is followed has not become better for ``train.early_stopping`` evaluations."""
-    patience, values = config.train.early_stopping, _values(run, config)
+    patience, values = config.train.early_stopping, followed(run, config)
     if patience is None or not values:
         return False
     return without_improvement(values, followed_metric(config.train, run.plan.task)[1]) >= patience
-
-
-def _save(run: Run, config: RunConfig, display: StepDisplay, record: Record) -> None:
-    """Write a checkpoint: gathered on rank 0, which writes; all continue when it is complete."""
-    started = time.monotonic()
-    gathered = gather_state(run.engine)
-    checkpoints = run.run_dir / "checkpoints"
-    size = 0
-    if run.owner is not None:
-        peft_config = getattr(run.engine.module.model, "peft_config", {}).get("default")
-        with run.owner.writing() as workspace:
-            size = checkpoint_folder.write(
-                checkpoints,
-                run.state.step,
-                lambda folder: checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint),
-                workspace,
-            )
-            _mark_best(run, config, workspace)
-            checkpoint_folder.prune(checkpoints, config.checkpoint.keep, workspace)
-    process_group.barrier()
-    seconds = time.monotonic() - started
-    display.say(f"step {run.state.step}: checkpoint {checkpoint_folder.step_folder(checkpoints, run.state.step)}")
-    record("checkpoint", step=run.state.step, bytes=size, blocked_seconds=seconds)
 
 
 def _largest(values: dict[str, float]) -> dict[str, float]:

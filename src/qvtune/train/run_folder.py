@@ -37,6 +37,7 @@ _FREE_SETTINGS = {
         "best_metric",
         "generate",
         "stop_after_step",
+        "max_hours",
         "activation_checkpointing",
     },
     "model": {"attention"},

@@ -1,0 +1,118 @@
+"""A file system that refuses a checkpoint, or a line of the record, and takes it later."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from qvtune.checkpoint.folder import complete_checkpoints, verify
+from qvtune.checkpoint.owner import take
+from qvtune.checkpoint.state import TrainerState
+from qvtune.config.schema import RunConfig
+from qvtune.errors import StopRequested
+from qvtune.report.metrics import MetricsLog
+from qvtune.tasks.causal_lm import TASK
+from qvtune.train import save
+from qvtune.train.save import Saves
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file can become larger than 4,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class Training:
+    """A run without a model: its state is one matrix of 8,000 bytes, and as much for each of its three moments."""
+
+    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, **checkpoint: Any) -> None:
+        keys = ("value", "master", "exp_avg", "exp_avg_sq")
+        monkeypatch.setattr(save, "gather_state", lambda engine: {"w": {key: torch.ones(40, 50) for key in keys}})
+        config = {"run_dir": str(run_dir), "train": {"max_steps": 9}, "checkpoint": checkpoint}
+        self.events: list[dict[str, Any]] = []
+        self.said: list[str] = []
+        self.state = TrainerState()
+        run = SimpleNamespace(
+            run_dir=run_dir,
+            owner=take(run_dir),
+            resume=None,
+            state=self.state,
+            engine=SimpleNamespace(module=SimpleNamespace(model=None)),
+            plan=SimpleNamespace(task=TASK),
+            fingerprint={},
+        )
+        (run_dir / "checkpoints").mkdir()
+        self.saves = Saves(
+            cast(Any, run),
+            RunConfig.model_validate(config),
+            lambda event, **fields: self.events.append({"event": event, **fields}),
+        )
+
+    def save(self, step: int, **options: Any) -> None:
+        self.state.step = step
+        self.saves.save(self.said.append, **options)
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tmp_path / "run", monkeypatch)
+    checkpoints = tmp_path / "run/checkpoints"
+    for step in (1, 2):
+        training.save(step)
+    with no_room():
+        training.save(3)
+    assert not training.saves.is_saved
+    message = training.said[-1]
+    for part in ("no checkpoint (1 of checkpoint.max_failed_saves=3)", "File too large", "32,000 bytes"):
+        assert part in message
+    assert "delete step-00000001 there" in message and "step-00000002" not in message, "the newest is needed"
+    assert training.events[-1]["event"] == "save_failed"
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000001", "step-00000002", "latest"}
+    assert (checkpoints / "latest").resolve().name == "step-00000002"
+
+    training.save(4)
+    assert training.saves.is_saved
+    assert training.events[-1]["event"] == "checkpoint"
+    assert [path.name for path in complete_checkpoints(checkpoints)][-1] == "step-00000004"
+    for folder in complete_checkpoints(checkpoints):
+        verify(folder)
+
+
+def test_the_run_stops_when_too_many_in_a_row_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(tmp_path / "run", monkeypatch, max_failed_saves=2)
+    with no_room():
+        training.save(1)
+    training.save(2)  # so the next failure is again the first
+    with no_room():
+        training.save(3)
+        with pytest.raises(StopRequested, match="2 checkpoints in a row could not be written"):
+            training.save(4)
+        training.save(4, is_last=True)  # what is tried before the run leaves
+    assert [event["event"] for event in training.events] == ["save_failed", "checkpoint", *["save_failed"] * 3]
+
+
+def test_lines_of_the_record_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, 1)
+    with no_room():
+        for step in range(100):
+            log.write("step", step=step, loss=0.5)
+    assert (tmp_path / "metrics.jsonl").stat().st_size <= 4000
+    log.write("step", step=100, loss=0.5)
+    log.close()
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == list(range(101))
+    assert "".join(capsys.readouterr()).count("its lines are kept and tried again") == 1
