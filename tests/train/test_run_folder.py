@@ -1,6 +1,7 @@
 """Whether a run starts anew or goes on, and what is kept of it."""
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -273,6 +274,18 @@ def test_a_resumed_run_stays_and_loses_only_what_was_unfinished(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"step-00000002", "latest"}
     assert (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 600])
+def test_a_disk_without_room_is_one_message(tmp_path: Path, num_bytes: int) -> None:
+    """It refuses the first file, or a later one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"run_dir: .*run cannot be written \(.*File too large\); make room"):
+            open_run_folder(config(tmp_path / "run"), {}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 TRAINED = {"data.train": {"source": "a.jsonl", "rows": 3, "crc32": "0a", "longest": [{"row": 1}], "label_share": 0.5}}

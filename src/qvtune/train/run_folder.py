@@ -5,6 +5,8 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,32 +168,48 @@ def open_run_folder(
     Returns the checkpoint to resume from, as ``find_resume`` does, now that no other run can add or delete one; on
     rank 0 the owner; and on rank 0 the names of newer, damaged checkpoints as they are now. ``verified``: see there.
     Where a new run starts, files of an earlier one are moved to ``run_dir.1``, ``.2``, ... The job's own ``logs`` and
-    ``submitted`` stay.
+    ``submitted`` stay. Raises UserError where the folder cannot be written.
     """
     hosts = process_group.all_gather_object(socket.gethostname())
-    owner = take(Path(config.run_dir)) if process_group.is_main() else None
+    owner, damaged = None, []
+    with process_group.raise_on_all_ranks(), _refused_by_the_disk(config):
+        if process_group.is_main():
+            owner = take(Path(config.run_dir))
     resume = process_group.on_main(lambda: find_resume(config, verified))
-    damaged: list[str] = []
-    if owner is not None:
-        if resume is not None:
-            damaged = _set_damaged_aside(owner, resume)
-        if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
-            console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
-        for setting in data:
-            if setting != TRAIN and (changes := _changes(owner.run_dir, data, setting)):
-                console().print(f"{setting}: other rows than at the run's last start ({changes})", markup=False)
-        with owner.writing() as workspace:
-            with atomic_file(owner.run_dir / "config.yaml", workspace=workspace) as private:
-                private.write_text(dump_config(config), encoding="utf-8")
-            records = {"deepspeed.json": deepspeed_config, _DATA: data, "environment.json": environment(hosts)}
-            for name, content in records.items():
-                with atomic_file(owner.run_dir / name, workspace=workspace) as private:
-                    write_json(private, content)
-            checkpoints = owner.run_dir / "checkpoints"
-            checkpoints.mkdir(exist_ok=True)
-            checkpoint_folder.remove_unfinished(checkpoints)
-    process_group.barrier()
+    with process_group.raise_on_all_ranks(), _refused_by_the_disk(config):
+        if owner is not None:
+            damaged = _set_damaged_aside(owner, resume) if resume is not None else []
+            if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
+                console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
+            for setting in data:
+                if setting != TRAIN and (changes := _changes(owner.run_dir, data, setting)):
+                    console().print(f"{setting}: other rows than at the run's last start ({changes})", markup=False)
+            _write_records(
+                owner,
+                dump_config(config),
+                {"deepspeed.json": deepspeed_config, _DATA: data, "environment.json": environment(hosts)},
+            )
     return resume, owner, damaged
+
+
+@contextmanager
+def _refused_by_the_disk(config: RunConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run_dir: {config.run_dir} cannot be written ({error}); make room, or give another") from error
+
+
+def _write_records(owner: Owner, config: str, records: dict[str, Any]) -> None:
+    with owner.writing() as workspace:
+        with atomic_file(owner.run_dir / "config.yaml", workspace=workspace) as private:
+            private.write_text(config, encoding="utf-8")
+        for name, content in records.items():
+            with atomic_file(owner.run_dir / name, workspace=workspace) as private:
+                write_json(private, content)
+        checkpoints = owner.run_dir / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        checkpoint_folder.remove_unfinished(checkpoints)
 
 
 def _set_damaged_aside(owner: Owner, resume: Path) -> list[str]:
