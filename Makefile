@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-slurm test-ranks test-convert test-rest lint lock flash-attn clean
+.PHONY: help env demo test test-fast test-slurm test-ranks test-tools test-rest lint lock flash-attn clean
 
 PYTHON ?= python3
 TORCH := 2.13.0
@@ -27,13 +27,14 @@ demo: env  ## fine-tune the embedded model on 2 processes, merge it, prove it eq
 	$(BIN)/python -m qvtune.demo
 
 # Side by side on two cores: the tests of Slurm often wait for it to notice what has happened.
-FAST := -m "not distributed and not launch and not slurm"
+ALONE := not distributed and not launch and not slurm
+TOOLS := tests/convert tests/doctor tests/embedded tests/submit
 
 test: env  ## all tests
-	$(MAKE) --jobs=3 --keep-going --output-sync=target test-slurm test-ranks test-convert test-rest
+	$(MAKE) --jobs=3 --keep-going --output-sync=target test-slurm test-ranks test-tools test-rest
 
-test-fast: env  ## the tests that start no ranks, no launcher and no Slurm cluster
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-convert test-rest
+test-fast: env  ## the tests that start no ranks, no launcher and no Slurm cluster, without slow ones
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-tools test-rest ALONE="$(ALONE) and not slow"
 
 test-slurm: env  ## the tests in a Slurm cluster, which they start (tests/slurm)
 	$(BIN)/python -m pytest -m slurm
@@ -41,11 +42,11 @@ test-slurm: env  ## the tests in a Slurm cluster, which they start (tests/slurm)
 test-ranks: env  ## the tests that start ranks or a launcher
 	$(BIN)/python -m pytest -m "distributed or launch"
 
-test-convert: env  ## the fast tests of tests/convert, which are half of these
-	$(BIN)/python -m pytest $(FAST) tests/convert
+test-tools: env  ## of the tests that start nothing those of TOOLS, which take half of the time
+	$(BIN)/python -m pytest -m "$(ALONE)" $(TOOLS)
 
-test-rest: env  ## the other fast tests
-	$(BIN)/python -m pytest $(FAST) --ignore=tests/convert
+test-rest: env  ## the others that start nothing
+	$(BIN)/python -m pytest -m "$(ALONE)" $(TOOLS:%=--ignore=%)
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
