@@ -57,7 +57,8 @@ BY_NAME = [(cell, cell.name) for cell in CELLS]
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """All cells, stopped after the third step and continued on 2 ranks; some not stopped, and continued on 3 ranks."""
-    lab = make_lab(tmp_path_factory.mktemp("methods"), num_layers=1, attention_bias=True)
+    odd = {"hidden_size": 90, "head_dim": 22, "num_attention_heads": 6}
+    lab = make_lab(tmp_path_factory.mktemp("methods"), num_layers=1, attention_bias=True, **odd)
     add_encoders(lab, num_layers=1)
     stopped = [job(lab, cell, name, train__stop_after_step=3) for cell, name in [*BY_NAME, *variants("on-three")]]
     continued = [job(lab, cell, name) for cell, name in [*BY_NAME, *variants("whole")]]

@@ -1,5 +1,8 @@
 """DoRA beside a sharded or quantized base against PEFT's own DoRA on plain matrices with the same values."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
+from qvtune.model.adapters import add_adapters
 from qvtune.model.dora import DoraLinear
+from qvtune.model.loader import load_whole
 from qvtune.model.nf4 import NF4Linear, quantize_shard
 from qvtune.model.shard import Whole
 
@@ -100,6 +106,20 @@ def test_training_starts_at_the_base() -> None:
     torch.testing.assert_close(model(x), layer(x), rtol=0, atol=1e-6)
 
 
+def test_in_16_bits_it_is_as_exact_as_peft() -> None:
+    """Both against the same values in float32: the norms and the scale are computed in float32 here."""
+    models = [with_dora(plain_layer(bias=True).to(torch.bfloat16), ours=ours) for ours in (True, False)]
+    exact = with_dora(plain_layer(bias=True), ours=False)
+    for model in models:
+        move(model)
+    exact.load_state_dict({name: value.float() for name, value in models[1].state_dict().items()})
+    models[0].load_state_dict(models[1].state_dict())
+    x = torch.randn(40, IN).to(torch.bfloat16)
+    errors = [(model(x).float() - exact(x.float())).norm().item() for model in models]
+    assert models[0](x).dtype == torch.bfloat16
+    assert 0 < errors[0] < 1.1 * errors[1]
+
+
 def test_the_base_is_used_once() -> None:
     """One call of the base layer is one gather and one dequantization, with dropout too."""
     layer = nf4_layer(plain_layer(bias=False))
@@ -108,6 +128,29 @@ def test_the_base_is_used_once() -> None:
     layer.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     model(torch.randn(2, 7, IN))
     assert calls == [2 * 2 * 7 + RANK + 1]
+
+
+def test_the_norms_come_from_one_matrix_at_a_time(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered for them is a matrix with its statistics, and is released before the next one."""
+    seen: list[set[str]] = []
+    open_now = 0
+
+    @contextmanager
+    def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        nonlocal open_now
+        open_now += 1
+        assert open_now == 1
+        seen.append({names[parameter] for parameter in parameters})
+        yield
+        open_now -= 1
+
+    base = load_whole(llama_folder, ModelSection(), torch.float32)
+    names = {parameter: name for name, parameter in base.named_parameters()}
+    monkeypatch.setattr("qvtune.model.dora.gathered", gathered)
+    add_adapters(base, AdapterSection(method="dora"), "base", seed=0)
+    paths = [f"model.layers.{layer}.self_attn.{letter}_proj" for layer in (0, 1) for letter in "qv"]
+    pieces = ("weight", "absmax", "nested_absmax")
+    assert sorted(map(sorted, seen)) == sorted(sorted(f"{path}.{piece}" for piece in pieces) for path in paths)
 
 
 def test_a_row_of_zeros_is_refused() -> None:

@@ -15,7 +15,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.model.skeleton import read_model_config
 from qvtune.plan import memory
 from qvtune.plan.memory import GENERATION, Costs, costs_of
-from qvtune.plan.simulate import BASE, CACHE, GATHERED, SAVED, Setup
+from qvtune.plan.simulate import BASE, CACHE, GATHERED, SAVED, TRAINED, Setup
 from qvtune.versions import repository
 from tests.plan.tracked import tracked
 from tests.support.lab import Lab
@@ -84,6 +84,7 @@ def costs(
     num_layers: int = 3,
     node: int = 1,
     prompts: tuple[str, ...] = (),
+    method: str = "lora",
 ) -> Costs:
     """Of a small LLaMA; ``node``: ranks that are one, with hpZ. Cached: a simulation takes seconds."""
     config = LlamaConfig(
@@ -93,6 +94,7 @@ def costs(
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=999,
+        attention_bias=True,
     )
     zero = {"zero_hpz_partition_size": node} if node > 1 else {}
     train: dict[str, Any] = {"max_steps": 1, "global_batch_size": num_ranks, "activation_checkpointing": checkpointing}
@@ -104,11 +106,22 @@ def costs(
                 "run_dir": "run",
                 "deepspeed": deepspeed_json(Path(folder), stage, **zero),
                 "data": {"max_length": LENGTH},
+                "adapter": {"method": method},
                 "train": train,
             }
         )
         deepspeed_config = resolve_deepspeed(run, num_ranks, "bfloat16")
     return costs_of(Setup(run, config, deepspeed_config, torch.bfloat16, "sdpa"), num_ranks)
+
+
+def test_what_methods_need_beside_each_other() -> None:
+    """DoRA at most a layer's codes more than LoRA; (IA)^3 and biases, one value for each output, less for training."""
+    lora, dora, ia3, bias = (
+        costs("zero3", 2, checkpointing=True, method=method) for method in ("lora", "dora", "ia3", "bias")
+    )
+    layer = (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 512) // 2
+    assert lora.peak.total() < dora.peak.total() <= lora.peak.total() + layer
+    assert bias.peak[TRAINED] == ia3.peak[TRAINED] < lora.peak[TRAINED] < dora.peak[TRAINED]
 
 
 def flop_of(one: Costs) -> int:

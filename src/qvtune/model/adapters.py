@@ -64,10 +64,10 @@ def add_adapters(
 
 
 def _peft_config(adapter: AdapterSection, family: Family, common: dict[str, Any]) -> Any:
-    """PEFT's configuration of a method that trains parameters beside the base."""
+    """PEFT's configuration of a method that trains parameters beside the base; ``common``: what is the same in each."""
     from peft import IA3Config, LoraConfig
 
-    common["target_modules"] = [family.projections[letter] for letter in adapter.projections]
+    common = {**common, "target_modules": [family.projections[letter] for letter in adapter.projections]}
     if adapter.method == "ia3":
         down = [family.projections["down"]] if "down" in adapter.projections else []
         return IA3Config(feedforward_modules=down, **common)
