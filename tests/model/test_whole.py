@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.errors import UserError
-from qvtune.model.adapters import add_adapters
+from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.loader import load_whole, open_base
 from qvtune.model.whole import WholeModel, cache_bytes, require_room
 from tests.support.tiny import make_model_folder
@@ -20,13 +20,13 @@ ADAPTER = AdapterSection(rank=4, dropout=0.5)
 MODEL = ModelSection()
 
 
-def both(folder: Path) -> tuple[WholeModel, Any]:
+def both(folder: Path, adapter: AdapterSection = ADAPTER) -> tuple[WholeModel, Any]:
     """The empty modules, and the engine of a model in training mode."""
-    empty = add_adapters(open_base(folder, MODEL, torch.float32, "sdpa", ADAPTER).model, ADAPTER, "base", seed=0)
-    trained = add_adapters(load_whole(folder, MODEL, torch.float32), ADAPTER, "base", seed=1).train()
-    for name, parameter in trained.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    empty = add_adapters(open_base(folder, MODEL, torch.float32, "sdpa", adapter).model, adapter, "base", seed=0)
+    base = load_whole(folder, MODEL, torch.float32, adapter=adapter)
+    trained = add_adapters(base, adapter, "base", seed=1).train()
+    for _, parameter in trainable(trained):
+        parameter.data += 0.2 * torch.randn_like(parameter)
     engine = SimpleNamespace(module=SimpleNamespace(model=trained), empty_partition_cache=lambda: None)
     return WholeModel(empty, folder), engine
 
@@ -40,6 +40,16 @@ def test_it_computes_what_is_trained_without_dropout(tmp_path: Path, tie: bool) 
         assert trained.training and not any(module.training for module in model.modules())
     with torch.no_grad():
         assert torch.equal(found, trained.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "full", "bias"])
+def test_it_computes_what_other_methods_train(tmp_path: Path, method: Any) -> None:
+    """With all that they hold: magnitudes and norms, vectors, matrices and biases of the base."""
+    adapter = AdapterSection(method=method, projections=("k", "v"))
+    whole, engine = both(make_model_folder(tmp_path / "model", "qwen2"), adapter)
+    trained, ids = engine.module.model.eval(), torch.arange(3, 20)[None]
+    with torch.no_grad(), whole.filled(engine) as model:
+        torch.testing.assert_close(model(input_ids=ids).logits, trained(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
