@@ -97,7 +97,9 @@ def test_factors_have_rates_of_their_own() -> None:
 
 def test_a_factor_behind_its_projection_is_without_effect() -> None:
     """The first match wins, whatever is the more specific one."""
-    with pytest.raises(UserError, match=r"'v.B' decides for no trained .* an earlier pattern .* each with A, B"):
+    with pytest.raises(
+        UserError, match=r"'v.B' decides for no trained .* an earlier pattern .* narrower key first.* each with A, B"
+    ):
         groups_of({"v": 4.0, "v.B": 64.0})
 
 

@@ -127,7 +127,8 @@ def _no_match(key: str, names: Sequence[str]) -> str:
     letters, factors = (sorted({*found} - {None}) for found in zip(*map(group_and_factor, names), strict=True))
     parts = f", each with {', '.join(factors)}" if factors else ""
     return (
-        f"optimizer.lr_multipliers: {key!r} decides for no trained parameter, or an earlier pattern takes all of them; "
+        f"optimizer.lr_multipliers: {key!r} decides for no trained parameter, or an earlier pattern takes all of them "
+        "(the first match wins: give the whole mapping, the narrower key first, as in '{v.B: 64, v: 4}'); "
         f"trained groups (adapter.projections): {', '.join(letters)}{parts}; a parameter's name looks like {names[0]!r}"
     )
 
