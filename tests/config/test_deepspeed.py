@@ -17,7 +17,12 @@ from qvtune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 JSONS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
-WORLD_SIZES = {"demo": (1, 2, 3, 6), "llama3_8b_qv": (8, 16, 24, 32), "llama3_70b_qv": (8, 16, 32, 64)}
+WORLD_SIZES = {
+    "demo": (1, 2, 3, 6),
+    "glue_sst2": (1, 2),
+    "llama3_8b_qv": (8, 16, 24, 32),
+    "llama3_70b_qv": (8, 16, 32, 64),
+}
 
 
 def config_of(deepspeed: str | Path = "zero3.json", batch: int = 12, micro: int = 2) -> RunConfig:

@@ -46,7 +46,7 @@ SETTINGS = list(settings_of(RunConfig))
 
 
 def test_discovery_finds_recipes_and_settings() -> None:
-    assert {path.stem for path in RECIPES} >= {"demo", "llama3_8b_qv", "llama3_70b_qv"}
+    assert {path.stem for path in RECIPES} >= {"demo", "glue_sst2", "llama3_8b_qv", "llama3_70b_qv"}
     assert len(SETTINGS) >= 40
 
 
