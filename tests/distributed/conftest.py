@@ -13,7 +13,7 @@ from qvtune.checkpoint.folder import step_folder
 from qvtune.model.quantize import quantize
 from qvtune.versions import repository
 from tests.distributed.worker import LEAKING
-from tests.support.lab import Job, Lab, add_encoders, change_one_weight, classifier, make_lab, poison
+from tests.support.lab import Job, Lab, add_encoders, change_one_weight, classifier, flip_a_bit, make_lab, poison
 from tests.support.varlen_attention import VARLEN
 
 Results = list[dict[str, Any]]  # of each rank: name of the job -> what it returned
@@ -222,11 +222,9 @@ def three(lab: Lab, two: Results) -> Results:
 
 
 def damaged_copy(checkpoints: Path, step: int) -> None:
-    """A checkpoint of the next step, with one byte of the moments changed."""
+    """A checkpoint of the next step, with one bit of the moments changed."""
     newer = shutil.copytree(step_folder(checkpoints, step), step_folder(checkpoints, step + 1))
-    content = bytearray((newer / "optimizer.safetensors").read_bytes())
-    content[-1] ^= 1
-    (newer / "optimizer.safetensors").write_bytes(content)
+    flip_a_bit(newer / "optimizer.safetensors")
 
 
 def _base(lab: Lab, name: str, **changes: Any) -> Job:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from qvtune.checkpoint.folder import newest
 from tests.slurm.cluster import HOSTS, LOGIN, Job, wait_until
 from tests.slurm.site import MAX_STEPS, SAVE_EVERY, Site
 from tests.slurm.test_train import RANK, restarted
+from tests.support.lab import flip_a_bit
 
 pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its own
 
@@ -23,18 +25,27 @@ def train_until_saved(site: Site, name: str) -> Job:
 
 
 def test_a_job_whose_hosts_crash_finishes_on_others(site: Site) -> None:
-    """First the host of rank 1, then, one checkpoint later, the one with the batch script and rank 0."""
+    """First the host of rank 1, then, one checkpoint later, the one with the batch script and rank 0.
+
+    The second crash also damages the newest checkpoint: the job goes on from the one before.
+    """
     name = "crashed"
     job = train_until_saved(site, name)
     site.cluster.crash(peer := job.hosts[1])
     job = site.wait_for_step(job.id, name, 2 * SAVE_EVERY + 1)
     assert job.restarts == 1 and peer not in job.hosts, job.story
     site.cluster.crash(batch_host := job.hosts[0])
+    damaged = newest(site.lab.run_dir(name) / "checkpoints")
+    assert damaged is not None
+    flip_a_bit(damaged / "optimizer.safetensors")
     done = site.cluster.wait(job.id, timeout=400)
     for host in (peer, batch_host):
         site.cluster.boot(host)
     restarted(done, times=2)
     assert not {peer, batch_host} & set(done.hosts)
+    last = site.lab.events(name, "run_start")[-1]
+    assert last["damaged_checkpoints"] == [f"{damaged.name}.damaged"]
+    assert damaged.name == f"step-{last['step'] + SAVE_EVERY:08d}"
     assert site.losses(name) == site.reference(2)
 
 

@@ -119,6 +119,13 @@ def change_one_weight(weights: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
+def flip_a_bit(file: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def add_encoders(lab: Lab, num_layers: int = 2) -> None:
     """``bert/`` and ``roberta/``, and rows with classes and with scores."""
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -17,6 +17,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.storage.files import write_json
 from qvtune.train.run_folder import environment, find_resume, open_run_folder, require_same_rows, trajectory_settings
+from tests.support.lab import flip_a_bit
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -63,14 +64,8 @@ def test_a_run_dir_that_is_a_file(tmp_path: Path, mode: str) -> None:
         find_resume(config(tmp_path / "run", checkpoint={"resume": mode}))
 
 
-def flip_a_bit(folder: Path) -> None:
-    content = bytearray((folder / "trainer_state.json").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "trainer_state.json").write_bytes(content)
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit": (flip_a_bit, "the content is not what was written"),
+    "a bit": (lambda folder: flip_a_bit(folder / "trainer_state.json"), "the content is not what was written"),
     "cut off": (lambda folder: (folder / "trainer_state.json").write_text("{}"), "2 bytes"),
     "a file": (lambda folder: (folder / "trainer_state.json").unlink(), "missing"),
     "the manifest": (lambda folder: (folder / "manifest.json").unlink(), "cannot be read"),
