@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -59,6 +60,20 @@ def test_before_start_the_launchers_variables_count(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     assert (process_group.rank(), process_group.world_size(), process_group.local_rank()) == (5, 8, 1)
     assert not process_group.is_main()
+
+
+def test_a_taken_port_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"port {port}, .* is in use, .* deepspeed --master_port N"):
+            process_group.start()
 
 
 def test_without_variables_this_is_the_only_process(monkeypatch: pytest.MonkeyPatch) -> None:

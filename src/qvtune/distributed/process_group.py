@@ -30,7 +30,8 @@ def start() -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). Call once, before anything imports DeepSpeed.
 
     A collective that waits longer than QVTUNE_TIMEOUT_SECONDS (default 1800) for another rank fails and ends the run;
-    a broken network is not noticed otherwise. Raises UserError if the variable is not a number of seconds.
+    a broken network is not noticed otherwise. Raises UserError if the variable is not a number of seconds, and on rank
+    0 if the port is taken, by another run for example.
     """
     timeout = _timeout()
     _share_cores()
@@ -46,7 +47,15 @@ def start() -> None:
     deepspeed.ops.__compatible_ops__ = {}
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    try:
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']}, at which ranks meet, is in use, perhaps by another run here; "
+            "give another: deepspeed --master_port N launch/train.py ... (torchrun: --master-port N)"
+        ) from error
 
 
 def _timeout() -> timedelta:
