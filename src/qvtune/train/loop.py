@@ -39,26 +39,20 @@ def train(config: RunConfig) -> int:
     stop = StopRequest(config.train.max_hours)
     run = prepare(config, stop)
     engine, state, max_steps = run.engine, run.state, run.plan.max_steps
-    settings, rows, world_size = config.train, run.plan.rows, process_group.world_size()
+    settings, rows = config.train, run.plan.rows
     last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
     run_started, reason = time.monotonic(), "stopped"
     record, close = _recorder(run)
     saves = Saves(run, config, record)
 
-    damaged = {"damaged_checkpoints": run.damaged} if run.damaged else {}
-    resumed_from = str(run.resume or "")
-    record(
-        "run_start", step=state.step, max_steps=max_steps, world_size=world_size, resumed_from=resumed_from, **damaged
-    )
-    record("base_loaded", **_largest(vars(run.load)))
+    _record_start(run, record)
     with StepDisplay(state.step, max_steps, visible=process_group.is_main()) as display:
         try:
             if state.step >= last_step:
                 display.say(f"step {state.step} of {last_step} is complete already: nothing to train")
             elif config.data.packing:
                 display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
-            _evaluate_if_due(run, config, stop, display, record)
-            _generate_if_due(run, config, stop, display, record)
+            _evaluate_and_generate(run, config, stop, display, record)
 
             while state.step < last_step:
                 started = time.monotonic()
@@ -75,8 +69,7 @@ def train(config: RunConfig) -> int:
                 counts = {"tokens": tokens, "label_tokens": label_tokens}
                 record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
 
-                _evaluate_if_due(run, config, stop, display, record)
-                _generate_if_due(run, config, stop, display, record)
+                _evaluate_and_generate(run, config, stop, display, record)
                 if _ends_early(run, config):
                     last_step = state.step
                     metric = followed_metric(settings, run.plan.task)[0]
@@ -95,6 +88,13 @@ def train(config: RunConfig) -> int:
         record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
     close()
     return EXIT_DONE if reason == "completed" else StopRequested.exit_code
+
+
+def _record_start(run: Run, record: Record) -> None:
+    counts = {"step": run.state.step, "max_steps": run.plan.max_steps, "world_size": process_group.world_size()}
+    damaged = {"damaged_checkpoints": run.damaged} if run.damaged else {}
+    record("run_start", **counts, resumed_from=str(run.resume or ""), **damaged)
+    record("base_loaded", **_largest(vars(run.load)))
 
 
 def _set_learning_rates(engine: Any, step: int, max_steps: int, config: RunConfig) -> dict[str, float]:
@@ -166,6 +166,14 @@ def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
     for start in range(process_group.rank() * size, len(row_ids), world_size * size):
         batch = run.plan.task.collate([rows[int(row)] for row in row_ids[start : start + size]], run.plan.pad_token_id)
         yield batch.to(run.engine.device)
+
+
+def _evaluate_and_generate(
+    run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record
+) -> None:
+    """What is due after a step of these two."""
+    _evaluate_if_due(run, config, stop, display, record)
+    _generate_if_due(run, config, stop, display, record)
 
 
 def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
