@@ -274,7 +274,7 @@ def test_key_of_another_section_is_said_to_belong_there(tmp_path: Path) -> None:
 
 def test_key_like_no_other_gets_the_list_of_allowed_ones(tmp_path: Path) -> None:
     problem = only_problem(tmp_path, SMALLEST, "checkpoint.zzz=1")
-    assert problem.endswith("`checkpoint.zzz` is not a setting; allowed: keep, resume")
+    assert problem.endswith("`checkpoint.zzz` is not a setting; allowed: keep, resume, max_failed_saves")
 
 
 # --- values

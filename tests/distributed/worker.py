@@ -34,7 +34,7 @@ from qvtune.model.fingerprint import ContentChecksums
 from qvtune.model.nf4 import NF4Linear
 from qvtune.storage.safetensors import TensorFiles
 from qvtune.system import peak_rss_bytes
-from qvtune.train import loop
+from qvtune.train import loop, save
 from qvtune.train import prepare as train_prepare
 from qvtune.train.prepare import prepare
 from tests.distributed.gathered import gathered
@@ -166,11 +166,11 @@ def shares(config: dict[str, Any]) -> dict[str, Any]:
         noted.update(gathered=len(state), largest=largest.numel)
         return state
 
-    real_read, real_hash, real_gather = TensorFiles.read, checkpoint_folder.sha256, loop.gather_state
+    real_read, real_hash, real_gather = TensorFiles.read, checkpoint_folder.sha256, save.gather_state
     with (
         patch.object(TensorFiles, "read", read),
         patch.object(checkpoint_folder, "sha256", hash_file),
-        patch.object(loop, "gather_state", gather),
+        patch.object(save, "gather_state", gather),
     ):
         assert loop.train(RunConfig.model_validate(config)) == loop.EXIT_DONE
     return noted

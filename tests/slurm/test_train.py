@@ -76,7 +76,9 @@ def test_a_preempted_and_a_requeued_job_go_on_exactly_until_the_cap(site: Site) 
     site.wait_for_step(job, name, 1)
     preempt(site)
     for restarts in (1, 2):
-        site.cluster.wait_for_job(job, lambda now, count=restarts: now.restarts == count, "requeued", timeout=200)
+        # running: until then ranks of the start before may still complete a step
+        again = ("RUNNING", restarts)
+        site.cluster.wait_for_job(job, lambda now, it=again: (now.state, now.restarts) == it, "restarted", timeout=200)
         site.wait_for_step(job, name, max(site.steps(name)) + 1)
         site.cluster.run(LOGIN, "scontrol", "requeue", job)
     capped = site.cluster.wait(job, timeout=200)

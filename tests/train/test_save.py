@@ -116,3 +116,12 @@ def test_lines_of_the_record_wait_for_room(tmp_path: Path, capsys: pytest.Captur
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written] == list(range(101))
     assert "".join(capsys.readouterr()).count("its lines are kept and tried again") == 1
+
+
+def test_what_is_not_finite_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(tmp_path / "run", monkeypatch)
+    training.save(1)
+    monkeypatch.setattr(save, "gather_state", lambda engine: {"w": {"value": torch.full((2, 2), torch.nan)}})
+    with pytest.raises(RuntimeError, match=r"step 2 is not saved, 1 problems; earlier checkpoints stay:\nw: value"):
+        training.save(2)
+    assert [path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000001"]

@@ -50,9 +50,7 @@ def save(
     """Write the files of one checkpoint into ``folder``; called on rank 0 alone.
 
     ``peft_config`` is that of the adapter, with which PEFT reads it; None where matrices of the base are trained.
-    Raises RuntimeError, naming the tensors, where one is empty, is not finite, or has become all zero.
     """
-    _require_sound(state, trainer.step)
     values = {saved_name(name): entry["value"] for name, entry in state.items()}
     save_file(values, folder / (TRAINED if peft_config is None else ADAPTER), metadata={"format": "pt"})
     kept = {f"{key}/{saved_name(name)}": entry[key] for name, entry in state.items() for key in STATES}
@@ -63,8 +61,11 @@ def save(
     write_json(folder / _BASE, base)
 
 
-def _require_sound(state: TrainedState, step: int) -> None:
-    """Matrices are never all zero but for B of LoRA, which begins so; a bias may be."""
+def require_sound(state: TrainedState, step: int) -> None:
+    """Raises RuntimeError, naming the tensors, where one is empty, is not finite, or has become all zero.
+
+    Matrices are never all zero but for B of LoRA, which begins so; a bias may be.
+    """
     problems = []
     for name, entry in state.items():
         for key, tensor in entry.items():

@@ -63,6 +63,7 @@ class Saves:
         """On rank 0: the bytes of the checkpoint, or why there is none."""
         run, owner = self._run, self._run.owner
         assert owner is not None
+        checkpoint_state.require_sound(gathered, run.state.step)
         peft_config = getattr(run.engine.module.model, "peft_config", {}).get("default")
 
         def write_files(folder: Path) -> None:
