@@ -188,9 +188,7 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     state.evaluations[state.step] = first
     display.say(f"step {state.step}: evaluation {as_text(found)} ({seconds:.1f} s)")
     record("eval", step=state.step, **first, seconds=seconds, **({"sets": found} if len(found) > 1 else {}))
-    if run.owner is not None:
-        with run.owner.writing() as workspace:
-            mark_best(run, config, workspace)
+    mark_best(run, config)
 
 
 def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
@@ -207,9 +205,7 @@ def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     record("generation", step=state.step, **found.fields())
     if found.exact_match is not None:
         state.evaluations.setdefault(state.step, {})["exact_match"] = found.exact_match
-        if run.owner is not None:
-            with run.owner.writing() as workspace:
-                mark_best(run, config, workspace)
+        mark_best(run, config)
 
 
 def _ends_early(run: Run, config: RunConfig) -> bool:

@@ -75,7 +75,7 @@ class Saves:
         try:
             with owner.writing() as workspace:
                 size = checkpoint_folder.write(self._checkpoints, run.state.step, write_files, workspace)
-                mark_best(run, self._config, workspace)
+                mark_best(run, self._config)
                 checkpoint_folder.prune(self._checkpoints, self._config.checkpoint.keep, workspace)
         except OSError as error:
             return 0, _why_not(error, self._checkpoints, gathered)
@@ -94,10 +94,12 @@ def _why_not(error: OSError, checkpoints: Path, gathered: TrainedState) -> str:
     return f"{error}. It needs about {needed:,} bytes, {free:,} are free in {checkpoints}.{advice}"
 
 
-def mark_best(run: Run, config: RunConfig, workspace: Path) -> None:
-    """``checkpoints/best`` follows the metric of the task, or ``train.best_metric``."""
-    _, higher_is_better = followed_metric(config.train, run.plan.task)
-    checkpoint_folder.mark_best(run.run_dir / "checkpoints", followed(run, config), higher_is_better, workspace)
+def mark_best(run: Run, config: RunConfig) -> None:
+    """On rank 0 let ``checkpoints/best`` follow the metric of the task, or ``train.best_metric``."""
+    if run.owner is not None:
+        _, higher_is_better = followed_metric(config.train, run.plan.task)
+        with run.owner.writing() as workspace:
+            checkpoint_folder.mark_best(run.run_dir / "checkpoints", followed(run, config), higher_is_better, workspace)
 
 
 def followed(run: Run, config: RunConfig) -> dict[int, float]:
