@@ -3,7 +3,6 @@
 import base64
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.launch.test_stop import wait_until
 from tests.support.processes import started
 
 # Exits with 75 at a stop signal, as a rank that has saved does. The file tells that it handles signals.
@@ -34,7 +34,7 @@ def test_it_returns_the_code_of_its_rank_whatever_signals_it_receives(
     launched = [sys.executable, "-m", "qvtune.distributed.node_launcher", "--world_info", hosts, "--no_local_rank"]
     launched += ["--no_python", sys.executable, "-c", RANK, str(ready)]
     with started(launched, tmp_path / "output") as launcher:
-        wait_for(ready, launcher)
+        wait_until(lambda: ready.exists() or launcher.poll() is not None, seconds=120)
         (rank,) = psutil.Process(launcher.pid).children()
         launcher.send_signal(signal.SIGUSR1)
         os.kill(rank.pid, to_rank)
@@ -43,10 +43,3 @@ def test_it_returns_the_code_of_its_rank_whatever_signals_it_receives(
             launcher.send_signal(signal.SIGTERM)  # also while it ends
             time.sleep(0.01)
         assert launcher.returncode == code
-
-
-def wait_for(ready: Path, launcher: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not ready.exists():
-        assert launcher.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)

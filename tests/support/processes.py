@@ -1,6 +1,7 @@
 """Starting the processes of a test, and ending exactly these."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -28,6 +29,17 @@ class Finished:
     def output(self) -> str:
         """Both, for the message of a failed assertion."""
         return f"exit code {self.code}\n--- stdout\n{self.stdout[-6000:]}\n--- stderr\n{self.stderr[-6000:]}"
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As on a disk without room: what this process writes behind so many bytes of a file is an OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def run_command(command: Sequence[str | Path], folder: Path, *, timeout: float, **environment: str) -> Finished:

@@ -1,7 +1,6 @@
 """Whether a run starts anew or goes on, and what is kept of it."""
 
 import json
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from qvtune.errors import UserError
 from qvtune.storage.files import write_json
 from qvtune.train.run_folder import environment, find_resume, open_run_folder, require_same_rows, trajectory_settings
 from tests.support.lab import flip_a_bit
+from tests.support.processes import files_of_at_most
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -274,13 +274,9 @@ def test_a_resumed_run_stays_and_loses_only_what_was_unfinished(tmp_path: Path) 
 @pytest.mark.parametrize("num_bytes", [0, 600])
 def test_a_disk_without_room_is_one_message(tmp_path: Path, num_bytes: int) -> None:
     """It refuses the first file, or a later one."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"run_dir: .*run cannot be written \(.*File too large\); make room"):
-            open_run_folder(config(tmp_path / "run"), {}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused = pytest.raises(UserError, match=r"run_dir: .*run cannot be written \(.*File too large\); make room")
+    with files_of_at_most(num_bytes), refused:
+        open_run_folder(config(tmp_path / "run"), {}, {})
 
 
 TRAINED = {"data.train": {"source": "a.jsonl", "rows": 3, "crc32": "0a", "longest": [{"row": 1}], "label_share": 0.5}}

@@ -1,9 +1,6 @@
 """A file system that refuses a checkpoint, or a line of the record, and takes it later."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,19 +17,9 @@ from qvtune.report.metrics import MetricsLog
 from qvtune.tasks.causal_lm import TASK
 from qvtune.train import save
 from qvtune.train.save import Saves
+from tests.support.processes import files_of_at_most
 
 pytestmark = pytest.mark.usefixtures("one_process")
-
-
-@contextmanager
-def no_room() -> Iterator[None]:
-    """No file can become larger than 4,000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class Training:
@@ -73,7 +60,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(
     checkpoints = tmp_path / "run/checkpoints"
     for step in (1, 2):
         training.save(step)
-    with no_room():
+    with files_of_at_most(4000):
         training.save(3)
     assert not training.saves.is_saved
     message = training.said[-1]
@@ -94,10 +81,10 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(
 
 def test_the_run_stops_when_too_many_in_a_row_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(tmp_path / "run", monkeypatch, max_failed_saves=2)
-    with no_room():
+    with files_of_at_most(4000):
         training.save(1)
     training.save(2)  # so the next failure is again the first
-    with no_room():
+    with files_of_at_most(4000):
         training.save(3)
         with pytest.raises(StopRequested, match="2 checkpoints in a row could not be written"):
             training.save(4)
@@ -107,7 +94,7 @@ def test_the_run_stops_when_too_many_in_a_row_have_failed(tmp_path: Path, monkey
 
 def test_lines_of_the_record_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = MetricsLog(tmp_path, 1)
-    with no_room():
+    with files_of_at_most(4000):
         for step in range(100):
             log.write("step", step=step, loss=0.5)
     assert (tmp_path / "metrics.jsonl").stat().st_size <= 4000
