@@ -88,7 +88,7 @@ export NO_FLASH_ATTN
 
 # Keeps the present pins wherever setup.cfg allows them. torch and its CUDA libraries depend on the machine (above).
 lock:  ## renew requirements.lock after a change of setup.cfg
-	$(BIN)/uv pip compile setup.cfg - --extra demo --extra dev --universal --python-version 3.11 --no-header \
+	$(BIN)/uv pip compile setup.cfg - --extra demo --extra dev --extra study --universal --python-version 3.11 --no-header \
 	    --excludes <(printf '%s\n' torch llm llama-cpp-python) --output-file requirements.lock <<< $$'networkx\nsympy'
 
 clean:  ## remove .venv, caches and build products; leaves runs/ and merged/
