@@ -12,8 +12,8 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=int(os.environ.get("COLUMNS", "160")))
 
 
-def command_parser(documentation: str) -> argparse.ArgumentParser:
-    """The parser of a command in launch/, whose module docstring is its --help.
+def command_parser(documentation: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command in launch/, whose module docstring is its --help; or of a part of a command, ``prog``.
 
     The docstring is one line of purpose, ``Example:``, notes, and ``Exit codes:`` at the end. Arguments and options are
     shown between the notes and the exit codes.
@@ -21,6 +21,7 @@ def command_parser(documentation: str) -> argparse.ArgumentParser:
     description, title, codes = documentation.partition("Exit codes:")
     assert codes, "the docstring of a command ends with its exit codes"
     return argparse.ArgumentParser(
+        prog,
         description=description.strip(),
         epilog=(title + codes).strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

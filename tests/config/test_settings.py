@@ -8,6 +8,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.config.settings import SOURCE_SECTION, TOP_LEVEL, markdown, sections, show_settings
 from qvtune.errors import UserError
 from tests.config.test_load import SETTINGS
+from tests.launch.test_commands import PARTS
 from tests.support.documentation import COMMANDS_README, names_of_generated_parts, with_generated_parts
 
 
@@ -71,7 +72,8 @@ def test_the_readme_of_the_commands_shows_the_table_and_every_help_as_they_are()
     """To write them: python -m tests.support.documentation"""
     text = COMMANDS_README.read_text()
     commands = sorted(path.stem for path in COMMANDS_README.parent.glob("*.py"))
-    assert sorted(names_of_generated_parts(text)) == sorted([*commands, "settings"])
+    parts = [f"{command} {part}" for command, parts in PARTS.items() for part in parts]
+    assert sorted(names_of_generated_parts(text)) == sorted([*commands, *parts, "settings"])
     assert markdown() in text
     # Words, as versions of Python break lines and name groups in their own ways.
     assert with_generated_parts(text).split() == text.split()

@@ -12,6 +12,8 @@ import pytest
 from tests.support.processes import REPOSITORY
 
 COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
+PARTS = {"study": ("toy",)}  # of a command whose first argument says what it does
+HELPS = [(path, part) for path in COMMANDS for part in ("", *PARTS.get(path.stem, ()))]
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 # Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
 _RUN = f"""
@@ -43,6 +45,12 @@ WRONG = {
         (["--gpus-per-node=8", "--gpu=h100-80", "--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
         (["--gpus-per-node=8", "--gpu=h100", "--config", "{recipe}"], "invalid choice: 'h100'"),
     ],
+    "study": [
+        ([], "the following arguments are required: COMMAND"),
+        (["toi"], "invalid choice: 'toi'"),
+        (["toy", "--output={folder}/out", "--seeds=0"], "--seeds: '0' is not a whole number > 0"),
+        (["toy"], "the following arguments are required: --output"),
+    ],
     "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],
     "convert": [(["{folder}/none", "--output", "{folder}/out"], "none: no checkpoint")],
     "quantize": [(["{folder}/none", "--output", "{folder}/out"], "none' is not a folder")],
@@ -58,8 +66,8 @@ def run(command: Path, *arguments: str) -> tuple[int, str, str, list[str]]:
 
 
 @cache
-def help_of(command: Path) -> str:
-    code, output, error, imported = run(command, "--help")
+def help_of(command: Path, part: str = "") -> str:
+    code, output, error, imported = run(command, *part.split(), "--help")
     assert (code, error, imported) == (0, "", []), (command, imported, error)
     return output
 
@@ -68,22 +76,30 @@ def test_discovery_finds_the_commands() -> None:
     assert {path.stem for path in COMMANDS} >= {"convert", "doctor", "quantize", "submit", "train"}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
-def test_help_has_purpose_example_options_and_exit_codes(command: Path) -> None:
-    usage, purpose, *parts = help_of(command).split("\n\n")
-    assert usage.startswith(f"usage: {command.name} ")
+def test_the_parts_of_a_command_are_all_looked_at() -> None:
+    for name, parts in PARTS.items():
+        listed = re.findall(r"^    (\w+) ", help_of(REPOSITORY / "launch" / f"{name}.py"), re.MULTILINE)
+        assert tuple(listed) == parts
+
+
+@pytest.mark.parametrize(("command", "part"), HELPS, ids=lambda value: getattr(value, "stem", value))
+def test_help_has_purpose_example_options_and_exit_codes(command: Path, part: str) -> None:
+    usage, purpose, *parts = help_of(command, part).split("\n\n")
+    assert usage.startswith(f"usage: {command.name} {part}")
     assert "\n" not in purpose and purpose.endswith(".")
     titles = [part.partition("\n")[0] for part in parts if re.match(r"[A-Za-z ]+:\n", part)]
     assert [title for title in titles if title != "positional arguments:"] == ["Example:", "options:", "Exit codes:"]
     example = next(part for part in parts if part.startswith("Example:\n"))
-    assert all(f"launch/{command.name} " in line for line in example.splitlines()[1:]), example
+    assert all(f"launch/{command.name} {part}" in line for line in example.splitlines()[1:]), example
     codes = re.findall(r"^  (\w+) +\S", parts[-1], re.MULTILINE)
     assert codes[0] == "0" and "2" in codes and len(codes) == len(parts[-1].splitlines()) - 1
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
-def test_every_argument_is_explained(command: Path) -> None:
-    listed = re.split(r"\n  (?=[\w-])", help_of(command).partition("options:")[2].partition("\n\n")[0])[1:]
+@pytest.mark.parametrize(("command", "part"), HELPS, ids=lambda value: getattr(value, "stem", value))
+def test_every_argument_is_explained(command: Path, part: str) -> None:
+    text = help_of(command, part)
+    sections = [text.partition(title)[2].partition("\n\n")[0] for title in ("positional arguments:", "options:")]
+    listed = [entry for section in sections for entry in re.split(r"\n  (?=[\w-])", section)[1:]]
     assert len(listed) > 1
     assert [entry for entry in listed if not re.search(r"(\n {4,}|\S {2,})\S", entry)] == []
 

@@ -9,7 +9,7 @@ from qvtune.config.settings import markdown
 from tests.support.processes import REPOSITORY
 
 COMMANDS_README = REPOSITORY / "launch" / "README.md"
-_BLOCK = re.compile(r"(<!-- (help|settings) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (help|settings) ?([\w ]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_generated_parts(text: str) -> str:
@@ -24,13 +24,14 @@ def with_generated_parts(text: str) -> str:
 
 
 def names_of_generated_parts(text: str) -> list[str]:
-    """``settings``, and the command of each help, in order."""
+    """``settings``, and the command of each help with its part (``study toy``), in order."""
     return [match[3] or match[2] for match in _BLOCK.finditer(text)]
 
 
 @cache
 def _help_of(command: str) -> str:
-    words = [sys.executable, str(REPOSITORY / "launch" / f"{command}.py"), "--help"]
+    name, *part = command.split()
+    words = [sys.executable, str(REPOSITORY / "launch" / f"{name}.py"), *part, "--help"]
     environment = {"COLUMNS": "120", "PYTHONPATH": str(REPOSITORY / "src")}
     return subprocess.run(words, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
 
