@@ -12,7 +12,7 @@ import pytest
 from tests.support.processes import REPOSITORY
 
 COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
-PARTS = {"study": ("toy",)}  # of a command whose first argument says what it does
+PARTS = {"study": ("toy", "bounds")}  # of a command whose first argument says what it does
 HELPS = [(path, part) for path in COMMANDS for part in ("", *PARTS.get(path.stem, ()))]
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 # Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
@@ -50,6 +50,8 @@ WRONG = {
         (["toi"], "invalid choice: 'toi'"),
         (["toy", "--output={folder}/out", "--seeds=0"], "--seeds: '0' is not a whole number > 0"),
         (["toy"], "the following arguments are required: --output"),
+        (["bounds", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
+        (["bounds", "{recipe}", "--rows=many"], "--rows: 'many' is not a whole number > 0"),
     ],
     "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],
     "convert": [(["{folder}/none", "--output", "{folder}/out"], "none: no checkpoint")],

@@ -87,7 +87,7 @@ def _setup(run: RunConfig, cluster: Cluster) -> tuple[Setup, Path]:
     dtype, _ = choose_dtype(run.model.dtype, on_gpus=True)
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = resolve_deepspeed(run, cluster.num_gpus, name)
-    folder = _base_folder(run)
+    folder = config_folder(run)
     with naming_setting("model.name_or_path"):
         model_config = read_model_config(folder, run.model)
     if run.task != "causal_lm":
@@ -99,7 +99,7 @@ def _setup(run: RunConfig, cluster: Cluster) -> tuple[Setup, Path]:
     return Setup(run, model_config, deepspeed_config, dtype, attention), folder
 
 
-def _base_folder(run: RunConfig) -> Path:
+def config_folder(run: RunConfig) -> Path:
     """Where the base's config.json is; nothing else of it is needed."""
     name = run.model.name_or_path
     with naming_setting("model.name_or_path"):

@@ -102,6 +102,12 @@ def _training_rows(config: RunConfig) -> Iterator[Row]:
         yield from _checked_rows(open_source(source), config)
 
 
+def count_training_rows(config: RunConfig) -> int:
+    """Good rows of ``data.train``, read without being tokenized. Raises UserError where rows are bad."""
+    with naming_setting(TRAIN):
+        return sum(1 for _ in _training_rows(config))
+
+
 def token_rows(
     config: RunConfig, tokenizer: Any, checks: Checks, poll: Poll = lambda: None, poll_alone: Poll = lambda: None
 ) -> dict[str, Rows]:
