@@ -15,7 +15,7 @@ from qvtune.data.tokenize import Document
 from qvtune.data.workers import Poll
 from qvtune.storage.atomic import atomic_file
 
-FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 512, 4096  # small ones at first, so that a small source has one for every process
+FIRST_CHUNK_ROWS, MAX_CHUNK_ROWS = 256, 4096  # small ones at first, so that a small source has some for every process
 CHUNKS_OF_A_SIZE = 64
 MAX_CHUNK_BYTES = 4 * 2**20  # of records: those of a chunk are in memory together
 ROWS_PER_CALL = 64  # of the tokenizer
