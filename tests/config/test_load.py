@@ -143,6 +143,12 @@ def test_one_prompt_or_several(tmp_path: Path) -> None:
         assert config.train.generate is not None and config.train.generate.prompts == prompts
 
 
+def test_results_of_evaluation_rows_need_some(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.eval_rows needs data\.eval, which is not set"):
+        load_config(write(tmp_path, SMALLEST), ["train.eval_rows=true"])
+    load_config(write(tmp_path, SMALLEST), ["train.eval_rows=true", "data.eval=demo"])
+
+
 @pytest.mark.parametrize("setting", ["as_in_paper=true", "head_weight_decay=0.1"])
 def test_a_setting_of_a_head_needs_a_head(tmp_path: Path, setting: str) -> None:
     with pytest.raises(UserError, match=rf"no classification head: optimizer\.{setting.partition('=')[0]} must not"):

@@ -103,6 +103,7 @@ class Source(Sequence[PackedRow]):
         self.rows = [
             PackedRow(*(np.array([100 * number + index], np.int32) for _ in range(3))) for index in range(size)
         ]
+        self.num_documents = 2 * size
         self.num_tokens = np.arange(size, dtype=np.int32) + 100 * number
         self.num_label_tokens = self.num_tokens + 1
         self.statistics: dict[str, Any] = {
@@ -125,6 +126,9 @@ class Source(Sequence[PackedRow]):
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
+    def documents(self, index: int) -> NDArray[np.int64]:
+        return np.array([2 * index + 1, 2 * index])
+
 
 def test_rows_are_numbered_through_all_sources() -> None:
     joined = JoinedRows([Source(0, 3), Source(1, 2), Source(2, 4)], max_length=100)
@@ -132,6 +136,8 @@ def test_rows_are_numbered_through_all_sources() -> None:
     assert [int(joined[index].input_ids[0]) for index in range(len(joined))] == tokens
     assert joined.num_tokens.tolist() == tokens
     assert joined.num_label_tokens.tolist() == [token + 1 for token in tokens]
+    assert [joined.documents(index).tolist() for index in (0, 2, 3, 5)] == [[1, 0], [5, 4], [7, 6], [11, 10]]
+    assert joined.num_documents == 18
     for outside in (-1, 9):
         with pytest.raises(IndexError):
             joined[outside]

@@ -64,6 +64,7 @@ def mixture(lab: Lab, *weights: float) -> dict[str, Any]:
     return {
         "data__train": [{**source, "weight": weight} for source, weight in zip(sources, weights, strict=True)],
         "data__eval": {"few": few, "both": [train, few]},
+        "train__eval_rows": True,
     }
 
 
@@ -250,12 +251,14 @@ def _classifiers(lab: Lab, suffix: str) -> list[Job]:
 
 def _classifier(lab: Lab, name: str, suffix: str, **more: Any) -> Job:
     family, kind, changes, _ = CLASSIFIERS[name]
-    return _train(lab, f"{name}-{suffix}", **classifier(lab, family, kind), **changes, **more)
+    rows = {"train__eval_rows": True}
+    return _train(lab, f"{name}-{suffix}", **classifier(lab, family, kind), **rows, **changes, **more)
 
 
 def _killed(lab: Lab) -> Job:
     """A classifier: its head and the head's moments are in its checkpoints, beside those of the adapter."""
-    return _train(lab, "killed", **classifier(lab, "bert"), train__save_every=3)
+    every = {"train__save_every": 3, "train__eval_every": 1, "train__eval_rows": True}
+    return _train(lab, "killed", **classifier(lab, "bert"), **every)
 
 
 def _rates() -> dict[str, Any]:

@@ -57,6 +57,10 @@ class Lab:
         lines = (self.run_dir(name) / "metrics.jsonl").read_text().splitlines()
         return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
+    def eval_rows(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a run's eval_rows.jsonl."""
+        return [json.loads(line) for line in (self.run_dir(name) / "eval_rows.jsonl").read_text().splitlines()]
+
     def losses(self, name: str) -> list[float]:
         """Of all steps; what a step gave when it ran last."""
         last = {entry["step"]: entry["loss"] for entry in self.events(name, "step")}

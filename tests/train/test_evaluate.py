@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
 from qvtune.data.packing import PackedRow
+from qvtune.errors import StopRequested
 from qvtune.tasks.causal_lm import TASK, CausalLMObjective
 from qvtune.train import evaluate as evaluate_module
 from qvtune.train.evaluate import as_text, evaluate, evaluate_sets
@@ -27,12 +30,16 @@ class Rows(Sequence[PackedRow]):
     def __init__(self) -> None:
         self.rows = [make_row(*lengths, seed=seed) for seed, lengths in enumerate(LENGTHS)]
         self.num_label_tokens = np.array([(row.labels != IGNORE_INDEX).sum() for row in self.rows])
+        self.numbers = [[7, 2], [0], [5, 9, 4], [3], [0, 6]]  # of the documents; 0 is divided, 1 and 8 are in no row
 
     def __len__(self) -> int:
         return NUM_ROWS
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
+
+    def documents(self, index: int) -> NDArray[np.int64]:
+        return np.array(self.numbers[index])
 
 
 class Engine(nn.Module):
@@ -42,10 +49,10 @@ class Engine(nn.Module):
         super().__init__()
         self.objective, self.num_calls = objective, 0
 
-    def forward(self, batch: Batch, num_correct: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch, num_correct: torch.Tensor, losses_N: torch.Tensor | None = None) -> torch.Tensor:
         assert not self.training and not torch.is_grad_enabled()
         self.num_calls += 1
-        loss: torch.Tensor = self.objective(batch, num_correct)
+        loss: torch.Tensor = self.objective(batch, num_correct, losses_N)
         return loss
 
 
@@ -100,6 +107,49 @@ def test_each_set_has_a_loss_of_its_own(
     assert found == {name: evaluate(engine, TASK, part, 1, 0)[0] for name, part in parts.items()}
     assert list(found) == ["first", "second"] and found["first"] != found["second"]
     assert seconds > 0
+
+
+@pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(1, 1), (1, 5), (2, 1), (3, 2), (8, 1)])
+def test_the_loss_of_each_document_in_the_order_of_the_source(
+    make_objective: Callable[..., CausalLMObjective],
+    monkeypatch: pytest.MonkeyPatch,
+    num_ranks: int,
+    micro_batch_size: int,
+) -> None:
+    """Against each document in a row of its own; the rows do not divide evenly, and the last rank may have none."""
+    rows: Any = Rows()
+    objective = make_objective()
+    expected: dict[int, list[float]] = {}
+    for row, numbers in zip(rows.rows, rows.numbers, strict=True):
+        for number, end, length in zip(numbers, np.cumsum(row.document_lengths), row.document_lengths, strict=True):
+            alone = PackedRow(row.input_ids[end - length : end], row.labels[end - length : end], np.array([length]))
+            with torch.no_grad():
+                batch = collate([alone], pad_token_id=0)
+                sums = expected.setdefault(number, [0.0, 0])
+                sums[0] += objective(batch).item()
+                sums[1] += batch.num_label_tokens
+    monkeypatch.setattr(evaluate_module.process_group, "world_size", lambda: num_ranks)
+    monkeypatch.setattr(evaluate_module.process_group, "sum_over_ranks", lambda *values: [values[0], 1, values[2]])
+    gathered: list[Any] = []
+    for is_complete in (False, True):  # first what each rank has, then with that of all
+        for rank in range(num_ranks):
+            monkeypatch.setattr(evaluate_module.process_group, "rank", lambda rank=rank: rank)
+
+            def all_gather_object(own: Any, is_complete: bool = is_complete) -> list[Any]:
+                if is_complete:
+                    return gathered
+                gathered.append(own)
+                raise StopRequested
+
+            monkeypatch.setattr(evaluate_module.process_group, "all_gather_object", all_gather_object)
+            documents: dict[str, Any] = {}
+            with nullcontext() if is_complete else pytest.raises(StopRequested):
+                evaluate(Engine(objective), TASK, rows, micro_batch_size, 0, documents=documents)
+        assert len(gathered) == num_ranks
+    assert list(documents) == ["loss", "tokens"]
+    found = list(zip(documents["loss"].tolist(), documents["tokens"].tolist(), strict=True))
+    assert [tokens for _, tokens in found] == [expected[number][1] for number in sorted(expected)]
+    assert [loss for loss, _ in found] == pytest.approx([expected[number][0] for number in sorted(expected)], rel=1e-5)
 
 
 def test_the_sets_in_one_line() -> None:

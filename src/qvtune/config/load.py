@@ -26,20 +26,20 @@ _MAPPINGS = [
 ]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), written_in: str = "command line") -> RunConfig:
     """Read the YAML file ``path``, apply ``overrides`` of the form ``section.key=value``, and validate.
 
     A value is read as YAML, so ``train.max_steps=null`` clears a setting; a later override wins. The key ends at the
     first ``=``. One entry of a mapping is set by ``optimizer.lr_multipliers.PATTERN=NUMBER``: there the key ends at the
     *last* ``=`` and everything before it is the pattern, dots and ``=`` included. A replaced entry keeps its place in
-    the order of patterns, a new one comes last.
+    the order of patterns, a new one comes last. ``written_in``: where messages say that the overrides were found.
 
     Raises:
         UserError: with every problem of the file, the overrides and the values at once.
     """
-    tree, places, problems = _read_yaml(path)
+    tree, places, problems = read_yaml(path)
     for override in overrides:
-        problems += _apply(override, tree, places)
+        problems += _apply(override, tree, places, written_in)
     for name in _SECTIONS:
         if tree.get(name) is None:  # a heading without settings: all defaults
             tree[name] = {}
@@ -73,8 +73,11 @@ def _split(override: str) -> tuple[str | None, str, str, str]:
     return (mapping, *(override.rpartition("=") if mapping else override.partition("=")))
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
-    """The mapping in ``path``, the place of each key, and a problem for each duplicate key."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], Places, list[str]]:
+    """The mapping in ``path``, the place of each key, and a problem for each duplicate key.
+
+    Raises UserError for a file that is none, or holds no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, yaml.SafeLoader)
@@ -119,9 +122,9 @@ def _record_below(node: yaml.Node, key: tuple[str, ...], path: Path, places: Pla
     return problems
 
 
-def _apply(override: str, tree: dict[str, Any], places: Places) -> list[str]:
+def _apply(override: str, tree: dict[str, Any], places: Places, written_in: str) -> list[str]:
     """Apply one ``section.key=value`` to ``tree`` and record it in ``places``; return its problems."""
-    place = f"command line, `{override}`"
+    place = f"{written_in}, `{override}`"
     mapping, name, equals, text = _split(override)
     key = tuple([*mapping.rstrip(".").split("."), name.removeprefix(mapping)] if mapping else name.split("."))
     if not equals or not all(key):

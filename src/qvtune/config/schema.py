@@ -100,6 +100,11 @@ class TrainSection(Section):
     eval_every: NonNegative = Field(
         default=0, description="optimizer steps between evaluations; 0 = only before and after training"
     )
+    eval_rows: bool = Field(
+        default=False,
+        description="add to run_dir/eval_rows.jsonl, at each evaluation, the loss of each document of data.eval in "
+        "nats, and its prediction where there is one",
+    )
     save_every: NonNegative = Field(
         default=0, description="optimizer steps between checkpoints; 0 = only after the last step"
     )
@@ -213,6 +218,12 @@ class RunConfig(Section):
     def _early_stopping_needs_evaluations(self) -> Self:
         if self.train.early_stopping is not None and (self.data.eval is None or not self.train.eval_every):
             raise PydanticCustomError("no_evaluations", "train.early_stopping needs data.eval and train.eval_every > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_to_evaluate(self) -> Self:
+        if self.train.eval_rows and self.data.eval is None:
+            raise PydanticCustomError("no_eval", "train.eval_rows needs data.eval, which is not set")
         return self
 
     @model_validator(mode="after")

@@ -64,6 +64,16 @@ class TokenRows:
     def __getitem__(self, index: int) -> PackedRow:
         return _read(self._documents, *self._index[int(index)])
 
+    def documents(self, index: int) -> NDArray[np.int64]:
+        """The number of each of a row's documents, in the order of the source's rows; a divided document's is there
+        once for each piece."""
+        return self._index[int(index)][0]
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents were tokenized, also those of which no row has a part."""
+        return len(self._documents)
+
 
 class RowIndex:
     """Which pieces each row consists of: ``index[row]`` is documents, starts and lengths, each [pieces]."""

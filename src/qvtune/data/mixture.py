@@ -21,11 +21,18 @@ class Rows(Protocol):
     num_tokens: NDArray[np.int32]
     num_label_tokens: NDArray[np.int32]
 
+    @property
+    def num_documents(self) -> int:
+        """How many documents were tokenized, also those of which no row has a part."""
+
     def __len__(self) -> int:
         """How many rows."""
 
     def __getitem__(self, index: int) -> PackedRow:
         """One row."""
+
+    def documents(self, index: int) -> NDArray[np.int64]:
+        """Of each document of a row its number among all documents of the source, in the source's order."""
 
 
 class JoinedRows:
@@ -48,10 +55,25 @@ class JoinedRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> PackedRow:
+        source, row = self._place(index)
+        return self.sources[source][row]
+
+    def documents(self, index: int) -> NDArray[np.int64]:
+        """As ``Rows``; the numbers go on from source to source."""
+        source, row = self._place(index)
+        return self.sources[source].documents(row) + sum(one.num_documents for one in self.sources[:source])
+
+    @property
+    def num_documents(self) -> int:
+        """Of all sources."""
+        return sum(one.num_documents for one in self.sources)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Source of a row, and its number there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         source = bisect_right(self._ends, index)
-        return self.sources[source][int(index) - (self._ends[source - 1] if source else 0)]
+        return source, int(index) - (self._ends[source - 1] if source else 0)
 
 
 class RowOrder:

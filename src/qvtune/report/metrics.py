@@ -1,12 +1,11 @@
 """metrics.jsonl, the record of a run: one JSON object per line."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from qvtune.console import console
+from qvtune.report.json_lines import JsonLines, read_json_lines
 
 
 class MetricsLog:
@@ -19,26 +18,13 @@ class MetricsLog:
     def __init__(self, run_dir: Path, first_step: int, workspace: Path | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path, own = run_dir / "metrics.jsonl", (workspace or run_dir) / ".metrics.jsonl"
-        content = path.read_bytes() if path.exists() else b""
-        own.write_bytes(content[: content.rfind(b"\n") + 1])  # a crash may have left the last line incomplete
-        # A new file: a process of an earlier run that still has the old one open cannot append to this one.
-        self._file = own.open("a", encoding="utf-8")
-        os.replace(own, path)
+        self._lines = JsonLines(run_dir / "metrics.jsonl", workspace)
         # After a crash, steps since the last checkpoint are run again: TensorBoard drops their first values.
         self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
-        self._is_late = False
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line and flush it: {"event", "time" (seconds since 1970), ...fields}."""
-        self._file.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
-        try:
-            self._file.flush()  # where that fails the file object keeps what is left, and the next flush writes it
-            self._is_late = False
-        except OSError as error:
-            if not self._is_late:
-                console().print(f"metrics.jsonl: {error}; its lines are kept and tried again", markup=False)
-            self._is_late = True
+        self._lines.write({"event": event, "time": time.time(), **fields})
         if self._board is not None and event in ("step", "eval", "generation"):
             try:
                 self._to_board(event, fields, fields["step"])
@@ -56,18 +42,18 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close metrics.jsonl and TensorBoard."""
-        for opened in filter(None, (self._file, self._board)):
+        self._lines.close()
+        if self._board is not None:
             try:
-                opened.close()
+                self._board.close()
             except OSError as error:
-                console().print(f"the last lines of metrics.jsonl or of tensorboard are lost: {error}", markup=False)
+                console().print(f"the last values of tensorboard are lost: {error}", markup=False)
 
 
 def read_metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:
     """All events of one kind, in order. If a step was run twice (crash, resume), only its last event."""
     events: dict[Any, dict[str, Any]] = {}
-    for number, line in enumerate((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
-        entry = json.loads(line)
+    for number, entry in enumerate(read_json_lines(run_dir / "metrics.jsonl")):
         if entry["event"] == event:
             key = entry["step"] if event in ("step", "eval", "generation", "checkpoint") else number
             events.pop(key, None)

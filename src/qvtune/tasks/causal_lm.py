@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from qvtune.config.data import LossOn
@@ -21,6 +23,7 @@ from qvtune.data.tokenize import Document, tokenize_rows
 from qvtune.distributed import process_group
 from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES
+from qvtune.tasks.metrics import Documents, in_order
 from qvtune.tasks.task import Task
 
 _LARGEST_EXPONENT = 709.0  # of e, in float64
@@ -71,17 +74,32 @@ class CausalLM(Task):
         """Decoder, chunked output head and cross entropy."""
         return CausalLMObjective(model)
 
-    def evaluate(self, engine: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, engine: Any, batches: Iterable[Batch], documents: Documents | None = None) -> dict[str, float]:
         """``loss`` (mean cross entropy, nats per label token), ``token_accuracy`` (share of the label tokens that have
         the largest logit) and ``perplexity`` (the exponential of the loss), over all label tokens."""
         loss_sum, num_labels = 0.0, 0
+        own: list[tuple[NDArray[Any], ...]] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=engine.device)
         for batch in batches:
             num_labels += batch.num_label_tokens
-            loss_sum += engine(batch.to(engine.device), num_correct=num_correct).item()
+            losses_N = None if documents is None else torch.empty(batch.num_label_tokens, device=engine.device)
+            loss_sum += engine(batch.to(engine.device), num_correct=num_correct, losses_N=losses_N).item()
+            if losses_N is not None:
+                own.append(_summed_by_document(batch, losses_N))
+        if documents is not None:
+            documents["loss"], documents["tokens"] = in_order(own)
         sums = process_group.sum_over_ranks(loss_sum, num_labels, num_correct.item())
         loss, accuracy = sums[0] / sums[1], sums[2] / sums[1]
         return {"loss": loss, "token_accuracy": accuracy, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+
+
+def _summed_by_document(batch: Batch, losses_N: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Sum (float64) and number of the losses of each document that has some."""
+    positions = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0].numpy()
+    document = np.searchsorted(batch.cu_seqlens.numpy(), positions, side="right")
+    tokens = np.bincount(document)
+    sums = np.bincount(document, weights=losses_N.cpu().numpy())
+    return sums[tokens > 0], tokens[tokens > 0]
 
 
 TASK = CausalLM()
@@ -102,10 +120,13 @@ class CausalLMObjective(nn.Module):
         self._decoder = [causal_lm.get_decoder()]  # in a list: registered once, under ``model``
         self.head = FrozenHeadLoss(causal_lm.get_output_embeddings())
 
-    def forward(self, batch: Batch, num_correct: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, num_correct: torch.Tensor | None = None, losses_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Sum of ``-log p(label)`` over the label positions, fp32 scalar, nats.
 
-        To ``num_correct``, an int64 scalar, the number of labels with the largest logit is added.
+        To ``num_correct``, an int64 scalar, the number of labels with the largest logit is added. ``losses_N`` gets the
+        terms of the sum, in the order of the label positions.
 
         Isolation of packed documents: sdpa and eager build a block-diagonal mask from positions that restart, but only
         as long as no attention mask is given; the flash kernels and whatever follows their interface take cu_seqlens.
@@ -121,7 +142,7 @@ class CausalLMObjective(nn.Module):
             max_length_k=batch.max_seqlen,
         ).last_hidden_state
         at_label = batch.labels != IGNORE_INDEX
-        loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label], num_correct)
+        loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label], num_correct, losses_N)
         return loss
 
 
@@ -135,10 +156,14 @@ class FrozenHeadLoss(nn.Module):
         self.weight, self.bias = head.weight, head.bias
 
     def forward(
-        self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, num_correct: torch.Tensor | None = None
+        self,
+        hidden_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        num_correct: torch.Tensor | None = None,
+        losses_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """fp32 scalar; 0 where N is 0."""
-        arguments = (hidden_ND, labels_N, self.weight, self.bias, num_correct)
+        arguments = (hidden_ND, labels_N, self.weight, self.bias, num_correct, losses_N)
         loss: torch.Tensor = _HeadCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
 
@@ -154,6 +179,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         num_correct: torch.Tensor | None,
+        losses_N: torch.Tensor | None,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
@@ -162,7 +188,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
             chunk, label_N1 = slice(start, start + rows), labels_N[start : start + rows, None]
             log_probs_NV = nn.functional.linear(hidden_ND[chunk], weight_VD, bias_V).float()
             log_probs_NV -= log_probs_NV.logsumexp(dim=-1, keepdim=True)
-            total -= log_probs_NV.gather(1, label_N1).sum()
+            at_label_N1 = log_probs_NV.gather(1, label_N1)
+            total -= at_label_N1.sum()
+            if losses_N is not None:
+                losses_N[chunk] = -at_label_N1[:, 0]
             if num_correct is not None:
                 num_correct += (log_probs_NV.argmax(dim=-1, keepdim=True) == label_N1).sum()
             if grad_ND is not None:  # d loss / d logits = softmax - one-hot
@@ -173,6 +202,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         grad_ND, ctx.grad_ND = ctx.grad_ND, None
-        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None, None, None
+        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None, None, None, None

@@ -24,7 +24,7 @@ from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES, family_of
 from qvtune.model.head import HeadSettings, head_path
 from qvtune.tasks.labels import decode_scores, encode_class, encode_score, mean_score, sorted_labels
-from qvtune.tasks.metrics import class_metrics, in_order, score_metrics
+from qvtune.tasks.metrics import Documents, class_documents, class_metrics, in_order, score_documents, score_metrics
 from qvtune.tasks.task import Task
 
 _MANY_LABELS = 1000  # more classes than this are most likely numbers
@@ -119,7 +119,7 @@ class SequenceClassification(Task):
         """Encoder or decoder, pooling, head and loss."""
         return ClassificationObjective(model, is_regression=self.is_regression)
 
-    def evaluate(self, engine: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, engine: Any, batches: Iterable[Batch], documents: Documents | None = None) -> dict[str, float]:
         """``loss``, and the metrics of ``class_metrics`` or ``score_metrics``, of all documents of all ranks."""
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in batches:
@@ -128,7 +128,10 @@ class SequenceClassification(Task):
             labels_N = decoded(labelled_documents(here)[1], is_regression=self.is_regression)
             found.append((logits_NC.cpu().numpy(), labels_N.cpu().numpy()))
         logits, labels = in_order(found)
-        return score_metrics(logits[:, 0], labels) if self.is_regression else class_metrics(logits, labels)
+        of_each = score_documents(logits[:, 0], labels) if self.is_regression else class_documents(logits, labels)
+        if documents is not None:
+            documents.update(of_each)
+        return score_metrics(of_each) if self.is_regression else class_metrics(of_each, logits.shape[1])
 
 
 def _tokenize(row: LabelledRow, tokenizer: Any, max_length: int) -> tuple[list[int], list[int], bool]:

@@ -13,6 +13,7 @@ from qvtune.data.packing import PackedRow
 from qvtune.data.rows import BadRowError, Row
 from qvtune.data.tokenize import Document
 from qvtune.model.head import HeadSettings
+from qvtune.tasks.metrics import Documents
 
 
 @runtime_checkable
@@ -78,8 +79,11 @@ class Task(Protocol):
         """
 
     @abstractmethod
-    def evaluate(self, engine: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, engine: Any, batches: Iterable[Batch], documents: Documents | None = None) -> dict[str, float]:
         """Metric name -> value over the batches of all ranks; ``loss`` is always among them. Collective.
 
-        ``batches`` are those of this rank, equally many on every rank (the last may have no labels).
+        ``batches`` are those of this rank, equally many on every rank (the last may have no labels). Where
+        ``documents`` is given, it gets arrays over all documents of all ranks that have a label, in the order of the
+        rows: ``loss`` (as the objective's, float64, summed over the document's labels), ``tokens`` (number of these
+        labels), and where there is one label for a document ``prediction`` and ``label`` (class or score).
         """

@@ -14,9 +14,11 @@ from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
 from qvtune.optim.schedule import multiplier
 from qvtune.report.answers import answers_table
+from qvtune.report.json_lines import JsonLines
 from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
 from qvtune.system import peak_rss_bytes
+from qvtune.tasks.metrics import Documents
 from qvtune.train.early_stopping import followed_metric, without_improvement
 from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.generate import generate
@@ -25,6 +27,7 @@ from qvtune.train.prepare import Run, prepare
 from qvtune.train.save import Saves, followed, mark_best
 
 EXIT_DONE = 0
+EVAL_ROWS_FILE = "eval_rows.jsonl"
 Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 
@@ -42,7 +45,7 @@ def train(config: RunConfig) -> int:
     settings, rows = config.train, run.plan.rows
     last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
     run_started, reason = time.monotonic(), "stopped"
-    record, close = _recorder(run)
+    record, close = _recorder(run, config)
     saves = Saves(run, config, record)
 
     _record_start(run, record)
@@ -131,22 +134,34 @@ def _optimizer_step(run: Run, config: RunConfig, stop: StopRequest, label_tokens
     return loss_sum / label_tokens, grad_norm
 
 
-def _recorder(run: Run) -> tuple[Record, Callable[[], None]]:
+def _recorder(run: Run, config: RunConfig) -> tuple[Record, Callable[[], None]]:
     """The function that writes an event to metrics.jsonl, and the one that closes it; both do nothing on other ranks.
 
+    The event "eval_rows" goes to eval_rows.jsonl; of earlier ones those stay whose evaluation is in the checkpoint.
     Writing raises RunFolderLostError when another run has taken the run folder.
     """
     if run.owner is None:
         return lambda event, **fields: None, lambda: None
-    owner = run.owner
+    owner, eval_rows, path = run.owner, None, run.run_dir / EVAL_ROWS_FILE
     with owner.writing() as workspace:
         metrics = MetricsLog(run.run_dir, run.state.step + 1, workspace)
+        if config.train.eval_rows or path.exists():
+            eval_rows = JsonLines(path, workspace, lambda entry: entry["step"] in run.state.evaluations)
 
     def record(event: str, **fields: object) -> None:
         with owner.writing():
-            metrics.write(event, **fields)
+            if event == "eval_rows":
+                assert eval_rows is not None
+                eval_rows.write(fields)
+            else:
+                metrics.write(event, **fields)
 
-    return record, metrics.close
+    def close() -> None:
+        metrics.close()
+        if eval_rows is not None:
+            eval_rows.close()
+
+    return record, close
 
 
 def _due(step: int, every: int) -> bool:
@@ -183,7 +198,11 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     if not plan.eval_sets or not is_due or "loss" in state.evaluations.get(state.step, {}):
         return
     size = config.train.micro_batch_size
-    found, seconds = evaluate_sets(run.engine, plan.task, plan.eval_sets, size, plan.pad_token_id, stop.poll)
+    of_each: dict[str, Documents] | None = {name: {} for name in plan.eval_sets} if config.train.eval_rows else None
+    found, seconds = evaluate_sets(run.engine, plan.task, plan.eval_sets, size, plan.pad_token_id, stop.poll, of_each)
+    for name, documents in (of_each or {}).items():
+        lists = {field: values.tolist() for field, values in documents.items()}
+        record("eval_rows", step=state.step, set=name, **lists)
     first = dict(next(iter(found.values())))  # what `loss` is, and what `best` follows
     state.evaluations[state.step] = first
     display.say(f"step {state.step}: evaluation {as_text(found)} ({seconds:.1f} s)")

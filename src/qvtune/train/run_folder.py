@@ -34,6 +34,7 @@ _FREE_SETTINGS = {
         "epochs",
         "micro_batch_size",
         "eval_every",
+        "eval_rows",
         "save_every",
         "early_stopping",
         "best_metric",
