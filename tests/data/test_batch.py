@@ -2,8 +2,9 @@ import numpy as np
 import torch
 
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.batch import Batch, collate, empty_batch, separate
+from qvtune.data.batch import Batch, collate, empty_batch
 from qvtune.data.packing import PackedRow
+from tests.support.separate import separate
 
 X = IGNORE_INDEX
 
@@ -23,7 +24,7 @@ ROWS = [
 
 
 def assert_equal(batch: Batch, other: Batch) -> None:
-    for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
+    for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "label_positions"):
         torch.testing.assert_close(getattr(batch, name), getattr(other, name), rtol=0, atol=0)
     assert batch.max_seqlen == other.max_seqlen
 
@@ -35,10 +36,12 @@ def test_collate_by_hand() -> None:
         position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 0, 1, 2, 3, 4, 5]]),
         cu_seqlens=torch.tensor([0, 3, 7, 8, 10, 16], dtype=torch.int32),
         max_seqlen=6,
+        label_positions=torch.tensor([1, 3, 4, 8]),
     )
     batch = collate(ROWS, pad_token_id=99)
     assert_equal(batch, expected)
     assert batch.num_label_tokens == 4
+    assert batch.labels.flatten()[batch.label_positions].tolist() == [3, 5, 6, 12]
 
 
 def test_a_full_row_has_no_padding_document() -> None:
@@ -63,6 +66,7 @@ def test_separate_gives_one_document_a_row() -> None:
         position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5]]),
         cu_seqlens=torch.tensor([0, 3, 8, 12, 16, 18, 24], dtype=torch.int32),
         max_seqlen=6,
+        label_positions=torch.tensor([1, 8, 9, 16]),
     )
     assert_equal(separate(collate(ROWS, pad_token_id=99)), expected)
 
@@ -82,7 +86,8 @@ def test_empty_batch_has_no_labels() -> None:
 
 def test_types_and_device() -> None:
     batch = collate(ROWS, pad_token_id=0).to("meta")
-    for name, dtype in (("input_ids", torch.int64), ("labels", torch.int64), ("position_ids", torch.int64)):
-        assert getattr(batch, name).dtype == dtype
+    for name in ("input_ids", "labels", "position_ids", "label_positions"):
+        assert getattr(batch, name).dtype == torch.int64
         assert getattr(batch, name).device.type == "meta"
     assert (batch.cu_seqlens.dtype, batch.cu_seqlens.device.type) == (torch.int32, "meta")
+    assert batch.token_type_ids is None

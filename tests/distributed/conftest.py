@@ -30,13 +30,8 @@ ZERO2 = {"deepspeed": "zero2.json"}
 STOP = {"train__stop_after_step": 3}
 FULL = {"adapter": {"method": "full", "projections": ["q", "v"]}}
 # Runs of "plain" that are asked to stop before the nth call of a function; what they change; the step they stop after.
-# Batches of rank 0: one for the check of the packing, one for each evaluation (steps 0 and 2), three for each step.
-MIDDLE_OF_STEP_3 = {
-    "function": "qvtune.tasks.causal_lm.collate",
-    "nth": 1 + 1 + 2 * 3 + 1 + 2,
-    "number": signal.SIGTERM,
-    "to": 1,
-}
+# A step has three micro-batches.
+MIDDLE_OF_STEP_3 = {"function": "qvtune.train.loop.train_on", "nth": 2 * 3 + 2, "number": signal.SIGTERM, "to": 1}
 EVALUATION = {"function": "qvtune.train.loop.evaluate_sets", "number": signal.SIGINT}
 TERMINATED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "terminated": (MIDDLE_OF_STEP_3, {}, 2),
@@ -167,8 +162,8 @@ def two(lab: Lab) -> Results:
         _classifier(lab, "bert", "stopped", **STOP),
         _classifier(lab, "bert", "early", **EARLY, train__stop_after_step=1),
         {
-            **_killed(lab),  # as step 5 begins: two calls a step, and one at the start
-            "signal_at": {"function": "qvtune.data.mixture.rows_of_step", "nth": 10, "number": signal.SIGKILL},
+            **_killed(lab),  # as step 5 begins
+            "signal_at": {"function": "qvtune.train.loop._set_learning_rates", "nth": 5, "number": signal.SIGKILL},
         },
     ]
     results = _launch(lab, "two", 2, jobs, unfinished=["killed"])

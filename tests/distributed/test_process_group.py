@@ -156,7 +156,7 @@ def test_flags_over_host_memory_have_the_same_timeout(tmp_path: Path, monkeypatc
     try:
         monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
         monkeypatch.setattr(process_group, "world_size", lambda: 2)
-        assert process_group.any_rank(True)
+        assert process_group.max_over_hosts(1.0, -2.0) == [1.0, -2.0]
     finally:
         process_group._host_group.cache_clear()
         dist.destroy_process_group()
@@ -231,7 +231,7 @@ def test_a_mistake_comes_before_a_request_to_stop(monkeypatch: pytest.MonkeyPatc
 
 
 def test_one_rank_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [process_group.any_rank(flag) for flag in (True, False)] == [True, False]
+    assert process_group.max_over_hosts(True, 0.25, -3) == [1.0, 0.25, -3.0]
 
 
 def test_raise_on_all_ranks_lets_defects_through_without_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:

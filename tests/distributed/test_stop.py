@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,68 @@ def test_a_launcher_that_is_gone_is_a_request(
             request.poll()
     else:
         request.poll()
+
+
+class Clock:
+    """Time that passes as a test says, and how often the ranks have met."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.meetings, self.slowest = 0.0, [], 0.0
+        monkeypatch.setattr(stop.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(process_group, "max_over_hosts", self.meet)
+
+    def meet(self, requested: float, seconds: float) -> list[float]:
+        self.meetings.append(self.now)
+        return [requested, max(seconds, self.slowest)]
+
+    def work(self, request: StopRequest, pieces: int, seconds: float) -> None:
+        for _ in range(pieces):
+            request.poll_in_time()
+            self.now += seconds
+
+    @property
+    def longest(self) -> float:
+        """Seconds between two meetings."""
+        return max(after - before for before, after in pairwise(self.meetings))
+
+
+def test_ranks_meet_once_a_second_however_many_micro_batches_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.work(StopRequest(), pieces=10_000, seconds=0.01)
+    assert len(clock.meetings) < 120, "100 seconds, and some more meetings at the start"
+    assert clock.longest < 1.1
+
+
+@pytest.mark.parametrize("seconds", [1.0, 19.0, 600.0])
+def test_ranks_meet_before_each_long_micro_batch(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    clock, request = Clock(monkeypatch), StopRequest()
+    clock.now += 30  # until the base has been loaded
+    clock.work(request, pieces=20, seconds=seconds)
+    assert len(clock.meetings) == 20
+
+
+def test_micro_batches_that_become_twenty_times_longer_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, request = Clock(monkeypatch), StopRequest()
+    clock.work(request, pieces=1000, seconds=0.05)
+    clock.work(request, pieces=200, seconds=1.0)
+    assert clock.longest <= 20
+    assert clock.meetings[-1] - clock.meetings[-2] <= 1.0, "after the first meeting they know"
+
+
+def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks compute the same number of calls, or they would wait for each other."""
+    clock = Clock(monkeypatch)
+    clock.slowest = 0.5
+    clock.work(StopRequest(), pieces=1000, seconds=0.01)
+    assert 490 <= len(clock.meetings) <= 510
+
+
+def test_a_request_waits_for_the_next_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all ranks: none leaves while another one expects it in a collective."""
+    clock, request = Clock(monkeypatch), StopRequest()
+    clock.work(request, pieces=1000, seconds=0.1)
+    request.signal = signal.SIGTERM
+    asked_at = clock.now
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        clock.work(request, pieces=1000, seconds=0.1)
+    assert clock.now - asked_at <= 1.1

@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import collate
-from qvtune.distributed import process_group
+from qvtune.distributed import process_group, stop
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested, UserError
 from qvtune.model.fingerprint import ContentChecksums
@@ -61,13 +61,14 @@ def train(
 ) -> dict[str, Any]:
     """The real ``train``: its exit code, or the message of the ``error`` that must come.
 
-    ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``; ``unchecked_base`` lets a base
-    with NaN through.
+    ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``, the ranks then meet before every
+    micro-batch; ``unchecked_base`` lets a base with NaN through.
     """
     expected: Any = () if error is None else EXPECTED[error]
     with (
         SignalAt(**signal_at).patched() if signal_at else nullcontext(),
-        patch("qvtune.train.preflight.choose_attention", lambda setting, dtype: (attention, "of the test")),
+        patch.object(stop, "AGREE_SECONDS", 0.0) if signal_at else nullcontext(),
+        patch("qvtune.train.preflight.choose_attention", lambda *_: (attention, "of the test")),
         patch.object(ContentChecksums, "fingerprint", lambda *_: {}) if unchecked_base else nullcontext(),
     ):
         try:

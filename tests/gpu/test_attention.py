@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from qvtune.config.schema import AdapterSection, ModelSection
-from qvtune.data.batch import Batch, collate, separate
+from qvtune.data.batch import Batch, collate
 from qvtune.errors import UserError
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import choose_attention
 from qvtune.model.loader import load_whole
 from qvtune.tasks.causal_lm import CausalLMObjective
+from tests.support.separate import separate
 from tests.support.tiny import make_model_folder, make_row
 
 pytestmark = pytest.mark.gpu

@@ -1,12 +1,14 @@
 """The choice of attention kernels and dtype on machines that are not here."""
 
+import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qvtune.errors import UserError
-from qvtune.model.attention import choose_attention, choose_dtype
+from qvtune.model.attention import attention_dropout, choose_attention, choose_dtype, prepare_attention
 
 HOPPER, AMPERE, ADA, TURING = (9, 0), (8, 0), (8, 9), (7, 5)
 BOTH, ONLY_2, NONE = (2, 3), (2,), ()  # which versions of flash attention are installed
@@ -20,6 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
         monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Pretended GPU")
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: has_bf16)
+        monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: 2 in packages)
         monkeypatch.setattr("transformers.utils.is_flash_attn_3_available", lambda: 3 in packages)
 
@@ -31,12 +34,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         (HOPPER, BOTH, "flash_attention_3", ["best for Pretended GPU"]),
         (HOPPER, ONLY_2, "flash_attention_2", ["flash_attention_3 is not installed", "flash_attn_3", "hopper"]),
-        (HOPPER, NONE, "sdpa", ["flash_attention_3 is not installed", "flash_attention_2 is not installed"]),
+        (HOPPER, NONE, "varlen", ["flash_attention_3 is not installed", "flash_attention_2 is not installed"]),
+        (AMPERE, NONE, "varlen", ["best for Pretended GPU", "flash_attention_2 is not installed"]),
         (AMPERE, BOTH, "flash_attention_2", ["runs on Hopper only", "sm80"]),
         (AMPERE, ONLY_2, "flash_attention_2", ["best for Pretended GPU"]),
         (ADA, BOTH, "flash_attention_2", ["sm89"]),
         (TURING, BOTH, "sdpa", ["needs Ampere or newer", "sm75"]),
-        (None, BOTH, "sdpa", ["no CUDA device"]),
+        (None, BOTH, "varlen", ["one document after another", "no CUDA device"]),
     ],
 )
 def test_auto_takes_the_best_there_is_and_says_why(
@@ -48,7 +52,54 @@ def test_auto_takes_the_best_there_is_and_says_why(
     assert [part for part in reasons if part not in reason] == []
 
 
-@pytest.mark.parametrize("setting", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("capability", "packages", "expected"),
+    [(HOPPER, BOTH, "flash_attention_2"), (HOPPER, NONE, "sdpa"), (None, NONE, "sdpa")],
+)
+def test_dropout_of_the_attention_is_not_left_out(
+    machine: Callable[..., None], capability: Capability, packages: tuple[int, ...], expected: str
+) -> None:
+    """Flash attention 3 and torch's kernel have none."""
+    machine(capability, packages)
+    name, reason = choose_attention("auto", torch.bfloat16, dropout=0.1)
+    assert name == expected
+    assert "varlen has no dropout, and the model's attention has (config.json: 0.1)" in reason or packages
+    with pytest.raises(UserError, match=r"model\.attention: varlen has no dropout.*; or set model\.attention: auto"):
+        choose_attention("varlen", torch.bfloat16, dropout=0.1)
+
+
+def test_a_build_of_torch_without_the_kernel(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(AMPERE)
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: False)
+    assert choose_attention("auto", torch.bfloat16)[0] == "sdpa"
+    with pytest.raises(UserError, match=r"model\.attention: varlen is not in this build of torch"):
+        choose_attention("varlen", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"attention_dropout": 0.25}, 0.25),
+        ({"attention_probs_dropout_prob": 0.1}, 0.1),
+        ({"attention_dropout": None}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_the_dropout_that_a_model_has(config: dict[str, float | None], expected: float) -> None:
+    assert attention_dropout(SimpleNamespace(**config)) == expected
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_flash_packages_are_asked_for_deterministic_kernels(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """transformers passes on what this variable says."""
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "as it was")
+    prepare_attention("flash_attention_2", deterministic=deterministic)
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == str(int(deterministic))
+
+
+@pytest.mark.parametrize("setting", ["sdpa", "eager", "varlen"])
 def test_what_runs_everywhere_is_taken_as_it_is(machine: Callable[..., None], setting: str) -> None:
     machine(None)
     assert choose_attention(setting, torch.float32) == (setting, "as configured")
@@ -70,6 +121,8 @@ def test_an_explicit_choice_that_is_there(machine: Callable[..., None], setting:
         ("flash_attention_3", AMPERE, BOTH, torch.bfloat16, "runs on Hopper only, this is Pretended GPU"),
         ("flash_attention_2", TURING, BOTH, torch.bfloat16, "needs Ampere or newer"),
         ("flash_attention_2", AMPERE, BOTH, torch.float32, "set model.dtype: bfloat16"),
+        ("varlen", AMPERE, NONE, torch.float32, "set model.dtype: bfloat16"),
+        ("varlen", TURING, NONE, torch.bfloat16, "needs Ampere or newer"),
     ],
 )
 def test_an_explicit_choice_that_is_not_there(

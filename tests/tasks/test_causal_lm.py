@@ -14,11 +14,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.batch import Batch, collate, empty_batch, separate
+from qvtune.data.batch import Batch, collate, empty_batch
 from qvtune.data.packing import PackedRow
 from qvtune.model.adapters import trainable, transformers_model
+from qvtune.model.attention import prepare_attention
 from qvtune.tasks import causal_lm as objective_module
-from qvtune.tasks.causal_lm import CausalLMObjective, FrozenHeadLoss
+from qvtune.tasks.causal_lm import CausalLMObjective, FrozenHeadLoss, head_cross_entropy
+from tests.support.separate import separate
 from tests.support.tiny import DECODERS, VOCABULARY, four_bit_config, make_model_folder, make_row
 from tests.support.varlen_attention import VARLEN, register_varlen
 
@@ -26,6 +28,11 @@ MakeObjective = Callable[..., CausalLMObjective]
 # One row full of documents, of one token too, and one that ends in padding.
 PACKED = [make_row(9, 1, 17, 5, seed=1), make_row(11, 13, seed=2)]
 NUM_LABELS = (6 + 0 + 12 + 4) + (8 + 9)
+
+
+@pytest.fixture(autouse=True)
+def _attention() -> None:
+    prepare_attention("varlen", deterministic=True)
 
 
 def packed_batch() -> Batch:
@@ -104,6 +111,22 @@ def test_chunks_change_nothing(make_objective: MakeObjective, monkeypatch: pytes
     assert_close(gradients, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [1000, 1000, 500]), ("meta", [1024, 1024, 452])])
+def test_chunks_are_large_but_on_cpus(monkeypatch: pytest.MonkeyPatch, device: str, expected: list[int]) -> None:
+    """A GPU would wait for the host between small ones."""
+    monkeypatch.setattr(objective_module, "_CHUNK_LOGITS", 1000 * VOCABULARY)
+    head = FrozenHeadLoss(nn.Linear(16, VOCABULARY, device=device).requires_grad_(False))
+    linear, chunks = nn.functional.linear, []
+
+    def counting(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+        chunks.append(len(hidden))
+        return linear(hidden, *others)
+
+    monkeypatch.setattr(nn.functional, "linear", counting)
+    head(torch.zeros(2500, 16, device=device), torch.zeros(2500, dtype=torch.int64, device=device))
+    assert chunks == expected
+
+
 @pytest.mark.parametrize("num_rows", [3, 100])
 def test_labels_with_the_largest_logit_are_counted(
     make_objective: MakeObjective, monkeypatch: pytest.MonkeyPatch, num_rows: int
@@ -149,7 +172,7 @@ def test_the_head_equals_cross_entropy(with_bias: bool, dtype: torch.dtype) -> N
     labels = torch.randint(31, (40,))
     ours = torch.randn(40, 16, dtype=dtype, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
-    loss = FrozenHeadLoss(head)(ours, labels)
+    loss = head_cross_entropy(FrozenHeadLoss(head), ours, labels)
     expected = functional.cross_entropy(head(theirs).float(), labels, reduction="sum")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -165,7 +188,7 @@ def test_a_head_that_is_trained_is_refused() -> None:
         FrozenHeadLoss(nn.Linear(4, 4))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen", VARLEN])
 def test_packed_equals_separate(make_objective: MakeObjective, attention: str) -> None:
     varlen = register_varlen()
     objective = make_objective(attention=attention)
@@ -177,7 +200,7 @@ def test_packed_equals_separate(make_objective: MakeObjective, attention: str) -
     assert varlen.num_calls == (4 if attention == VARLEN else 0), "two batches, two layers"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen", VARLEN])
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_packed_equals_separate_within_a_sliding_window(
     make_objective: MakeObjective, tmp_path: Path, family: str, attention: str
@@ -214,7 +237,7 @@ def one_document_a_row(batch: Batch) -> Batch:
     )
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", VARLEN])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen", VARLEN])
 def test_switching_isolation_off_is_seen(make_objective: MakeObjective, attention: str) -> None:
     """The comparison above can fail: documents that see each other have another loss."""
     register_varlen()
@@ -225,10 +248,11 @@ def test_switching_isolation_off_is_seen(make_objective: MakeObjective, attentio
     assert abs(leaking - apart) / NUM_LABELS > 1e-3
 
 
-def test_only_the_offsets_isolate_the_varlen_kernels(make_objective: MakeObjective) -> None:
+@pytest.mark.parametrize("attention", ["varlen", VARLEN])
+def test_only_the_offsets_isolate_the_varlen_kernels(make_objective: MakeObjective, attention: str) -> None:
     """Positions alone do not: rotary embeddings are relative, and the kernels never see a mask."""
     register_varlen()
-    objective = make_objective(attention=VARLEN)
+    objective = make_objective(attention=attention)
     batch = packed_batch()
     leaking = replace(one_document_a_row(batch), position_ids=batch.position_ids)
     with torch.no_grad():
@@ -252,10 +276,11 @@ def test_the_contract_notices_wrong_metadata(make_objective: MakeObjective, dama
         make_objective(attention=VARLEN)(damage(packed_batch()))
 
 
-def test_varlen_equals_sdpa(make_objective: MakeObjective) -> None:
+@pytest.mark.parametrize("attention", ["varlen", VARLEN])
+def test_varlen_equals_sdpa(make_objective: MakeObjective, attention: str) -> None:
     register_varlen()
     batch = packed_batch()
-    loss, gradients = loss_and_gradients(make_objective(attention=VARLEN), batch)
+    loss, gradients = loss_and_gradients(make_objective(attention=attention), batch)
     expected_loss, expected = loss_and_gradients(make_objective(attention="sdpa"), batch)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert_close(gradients, expected)

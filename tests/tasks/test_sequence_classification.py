@@ -14,15 +14,17 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from qvtune.config.schema import AdapterSection, ClassificationSection, ModelSection
 from qvtune.data import IGNORE_INDEX
-from qvtune.data.batch import Batch, empty_batch, separate
+from qvtune.data.batch import Batch, empty_batch
 from qvtune.data.packing import PackedRow
 from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.attention import prepare_attention
 from qvtune.model.families import FAMILIES
 from qvtune.model.loader import fill, open_base
 from qvtune.model.shard import Whole
 from qvtune.tasks import get_task
 from qvtune.tasks.labels import encode_score
 from qvtune.tasks.sequence_classification import ClassificationObjective
+from tests.support.separate import separate
 from tests.support.tiny import VOCABULARY, four_bit_config, make_model_folder
 from tests.support.varlen_attention import VARLEN, register_varlen
 
@@ -159,11 +161,12 @@ def test_it_equals_transformers_and_peft(
         assert_close(gradients(objective.model), expected)
 
 
-@pytest.mark.parametrize("attention", ["eager", VARLEN])
+@pytest.mark.parametrize("attention", ["eager", "varlen", VARLEN])
 @pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
 def test_every_attention_isolates_documents(tmp_path: Path, family: str, attention: str) -> None:
     """As sdpa does, packed and padded; without the documents' borders the logits would be others."""
     register_varlen()
+    prepare_attention("varlen", deterministic=True)
     folder, task = folder_of(tmp_path, family), get_task("sequence_classification", CLASSES)
     batch = task.collate(rows(CLASSES, with_types=family == "bert"), 0)
     expected = make(folder, CLASSES, "nf4")(batch, return_logits=True)

@@ -32,9 +32,15 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="compute dtype; auto = bfloat16 on a GPU that supports it, else float32"
     )
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = Field(
+    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"] = Field(
         default="auto",
-        description="attention kernels; auto = the fastest that the device supports; the reason is logged",
+        description="attention kernels; varlen = torch's own flash kernel, on a CPU one document after another; auto = "
+        "the first of this list that runs here; the reason is logged",
+    )
+    deterministic_attention: bool = Field(
+        default=True,
+        description="on a GPU the backward of the flash kernels (flash_attention_3, flash_attention_2, varlen) gives "
+        "the same bits every time, as exact resume needs; false: a faster backward with less memory",
     )
     allow_pickle: bool = Field(
         default=False,

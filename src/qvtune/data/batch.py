@@ -1,8 +1,7 @@
 """Packed rows -> tensors. B: rows of the micro-batch, T: tokens per row."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +20,9 @@ class Batch:
     ``labels[b, t]`` is the id that position t must predict, IGNORE_INDEX at a document's last token and wherever there
     is no loss: the loss does not shift. ``position_ids`` count from 0 in each document. ``cu_seqlens`` [documents + 1]
     int32 are offsets into the B*T flattened tokens; the padding of a row is a document of its own, so the last entry is
-    B*T. ``max_seqlen`` is the longest document's length. ``token_type_ids`` is None for models that have no such types.
+    B*T. ``max_seqlen`` is the longest document's length. ``label_positions`` [N] int64 are the places of the labels
+    among the flattened tokens, ascending: to look for them on a GPU, the host would have to wait for it.
+    ``token_type_ids`` is None for models that have no such types.
     """
 
     input_ids: torch.Tensor
@@ -29,23 +30,26 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    label_positions: torch.Tensor
     token_type_ids: torch.Tensor | None = None
 
     @property
     def num_label_tokens(self) -> int:
-        """Positions that have a label. Waits for the device."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        """Positions that have a label."""
+        return len(self.label_positions)
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the batch with its tensors on ``device``."""
-        return type(self)(
-            self.input_ids.to(device),
-            self.labels.to(device),
-            self.position_ids.to(device),
-            self.cu_seqlens.to(device),
-            self.max_seqlen,
-            None if self.token_type_ids is None else self.token_type_ids.to(device),
-        )
+        """Return the batch with its tensors on ``device``; a copy from pinned memory does not wait for the device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return the batch in memory that a GPU can read by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
 
 def collate(rows: Sequence[PackedRow], pad_token_id: int, *, shift: bool = True) -> Batch:
@@ -53,7 +57,7 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int, *, shift: bool = True)
 
     ``shift``: labels are tokens, which the position before has to predict; else each stays at its position.
     """
-    length = _round_up(max(len(row.input_ids) for row in rows))
+    length = round_up(max(len(row.input_ids) for row in rows))
     input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     token_type_ids = np.zeros_like(input_ids) if any(len(row.token_type_ids) for row in rows) else None
@@ -72,31 +76,7 @@ def collate(rows: Sequence[PackedRow], pad_token_id: int, *, shift: bool = True)
         segments.extend(row.document_lengths.tolist())
         if num_tokens < length:
             segments.append(length - num_tokens)
-    return _with_segments(input_ids, labels, segments, token_type_ids)
-
-
-def separate(batch: Batch) -> Batch:
-    """Return the same documents, one per row: packing must not change their loss.
-
-    Documents without a label, such as padding, are dropped: they have no loss. Padded with token 0.
-    """
-    labels = batch.labels.flatten()
-    spans = [
-        (start, end) for start, end in pairwise(batch.cu_seqlens.tolist()) if (labels[start:end] != IGNORE_INDEX).any()
-    ]
-    assert spans, "a batch without labels has nothing to compare"
-    length = _round_up(max(end - start for start, end in spans))
-    segments = [size for start, end in spans for size in (end - start, length - (end - start)) if size]
-
-    def cut(values: torch.Tensor, padding: int) -> np.ndarray:
-        rows = np.full((len(spans), length), padding, dtype=np.int64)
-        for row, (start, end) in zip(rows, spans, strict=True):
-            row[: end - start] = values.flatten()[start:end].cpu().numpy()
-        return rows
-
-    token_type_ids = None if batch.token_type_ids is None else cut(batch.token_type_ids, 0)
-    apart = _with_segments(cut(batch.input_ids, 0), cut(batch.labels, IGNORE_INDEX), segments, token_type_ids)
-    return apart.to(batch.input_ids.device)
+    return with_segments(input_ids, labels, segments, token_type_ids)
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -108,12 +88,13 @@ def padding_token(tokenizer: Any) -> int:
 def empty_batch(pad_token_id: int) -> Batch:
     """Return one row of padding, for a rank without rows whose part of the model the other ranks still need."""
     input_ids = np.full((1, LENGTH_MULTIPLE), pad_token_id, dtype=np.int64)
-    return _with_segments(input_ids, np.full_like(input_ids, IGNORE_INDEX), [LENGTH_MULTIPLE])
+    return with_segments(input_ids, np.full_like(input_ids, IGNORE_INDEX), [LENGTH_MULTIPLE])
 
 
-def _with_segments(
+def with_segments(
     input_ids: np.ndarray, labels: np.ndarray, segments: Sequence[int], token_type_ids: np.ndarray | None = None
 ) -> Batch:
+    """A batch of arrays [B, T] whose flattened tokens are documents of the lengths ``segments``."""
     position_ids = np.concatenate([np.arange(segment, dtype=np.int64) for segment in segments])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -121,9 +102,11 @@ def _with_segments(
         position_ids=torch.from_numpy(position_ids.reshape(input_ids.shape)),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *segments], dtype=np.int32)),
         max_seqlen=max(segments),
+        label_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         token_type_ids=None if token_type_ids is None else torch.from_numpy(token_type_ids),
     )
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
+    """To a multiple of LENGTH_MULTIPLE."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

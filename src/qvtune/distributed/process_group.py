@@ -132,17 +132,18 @@ def max_over_ranks(*values: float) -> list[float]:
     return _reduce(values, dist.ReduceOp.MAX)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true on some rank; collective.
+def max_over_hosts(*values: float) -> list[float]:
+    """The largest of each value over the ranks, in one collective.
 
     Over gloo and host memory even where the other collectives use NCCL: a tensor on the GPU would have to wait for
     all kernels queued there. Costs one round trip between the hosts.
     """
     if world_size() == 1:
-        return flag
-    box = torch.tensor([flag], dtype=torch.uint8)
-    dist.all_reduce(box, dist.ReduceOp.MAX, group=_host_group())
-    return bool(box.item())
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_host_group())
+    result: list[float] = largest.tolist()
+    return result
 
 
 @lru_cache

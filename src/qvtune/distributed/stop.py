@@ -18,6 +18,7 @@ from qvtune.distributed import process_group
 from qvtune.distributed.stop_signals import end_at_second_request, listen, take_recorded
 from qvtune.errors import StopRequested
 
+AGREE_SECONDS = 1.0  # between meetings of the ranks in ``poll_in_time``
 _POLL_SECONDS = 0.5  # between reads of what other ranks have announced, each of which is a request to rank 0's store
 _numbers = itertools.count()
 
@@ -36,6 +37,7 @@ class StopRequest:
         self._first_seconds: dict[signal.Signals, float] = {}
         self._announcement = f"qvtune/stop-{next(_numbers)}"
         self._next_poll = 0.0
+        self._met_at, self._calls, self._calls_between_meetings = time.monotonic(), 0, 1
         self._launcher = _deepspeed_launcher()
         listen(self._received)
         for recorded, seconds in take_recorded().items():
@@ -52,8 +54,25 @@ class StopRequest:
 
     def poll(self) -> None:
         """Raise StopRequested on all ranks if one of them has a stop request; collective, over host memory."""
-        if process_group.any_rank(self._requested()):
+        seconds = (time.monotonic() - self._met_at) / max(1, self._calls)
+        requested, slowest = process_group.max_over_hosts(self._requested(), seconds)
+        # All ranks compute the same number. It at most doubles: the first pieces of a kind may be exceptionally short.
+        in_time = max(1, int(AGREE_SECONDS / max(slowest, 1e-6)))
+        self._calls_between_meetings = min(2 * self._calls_between_meetings, in_time)
+        self._met_at, self._calls = time.monotonic(), 0
+        if requested:
             raise StopRequested(self._reason())
+
+    def poll_in_time(self) -> None:
+        """As ``poll``, for many short pieces of work: call it before each of them, equally often on all ranks.
+
+        The ranks meet only once in so many calls as the slowest of them makes in ``AGREE_SECONDS``, hence at every call
+        where a piece takes longer. A request is noticed within 20 seconds even if all pieces suddenly take 20 times as
+        long as before.
+        """
+        self._calls += 1
+        if self._calls >= self._calls_between_meetings:
+            self.poll()
 
     def poll_alone(self) -> None:
         """The same for work of one rank inside ``process_group.raise_on_all_ranks``; cheap, so call it often."""

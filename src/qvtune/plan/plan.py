@@ -96,7 +96,7 @@ def _setup(run: RunConfig, cluster: Cluster) -> tuple[Setup, Path]:
         raise UserError(problems)
     register_flash()
     attention = run.model.attention if run.model.attention in ("sdpa", "eager") else FLASH
-    return Setup(run, model_config, deepspeed_config, dtype, attention), folder
+    return Setup(run, model_config, deepspeed_config, dtype, attention, device="cuda"), folder
 
 
 def config_folder(run: RunConfig) -> Path:

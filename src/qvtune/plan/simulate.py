@@ -16,7 +16,6 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvtune.config.deepspeed import fill_from_model
 from qvtune.config.schema import RunConfig
@@ -30,7 +29,7 @@ from qvtune.model.skeleton import build_skeleton, decoder_layers, largest_layer_
 from qvtune.optim.groups import parameter_groups
 from qvtune.plan.tracker import Bytes, Tracked, Tracker
 from qvtune.tasks import get_task
-from qvtune.tasks.causal_lm import FrozenHeadLoss
+from qvtune.tasks.causal_lm import MIN_CHUNK_ROWS, FrozenHeadLoss
 
 # Causes of memory; SAVED is what forward keeps for backward, LAYER what backward allocates, CACHE what answers keep.
 BASE, TRAINED, GATHERED, SAVED, HEAD, LAYER = "base", "trained", "gathered", "saved", "head", "layer"
@@ -40,13 +39,15 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Setup:
-    """What a simulation needs to know of a run; ``model_config`` is the base's transformers configuration."""
+    """What a simulation needs to know of a run; ``model_config`` is the base's transformers configuration, ``device``
+    ("cpu" or "cuda") where the run computes."""
 
     run: RunConfig
     model_config: Any
     deepspeed_config: dict[str, Any]
     dtype: torch.dtype
     attention: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulat
     _name_phases(decoder_layers(skeleton), tracker)
     # DeepSpeed's stage 2 looks at addresses, for NCCL's sake.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-    every_label = _EveryPositionHasALabel()  # type: ignore[no-untyped-call]
-    with fake_ranks(num_ranks), FakeTensorMode(allow_non_fake_inputs=True), tracker, every_label:
+    chunks = patch.dict(MIN_CHUNK_ROWS, cpu=MIN_CHUNK_ROWS[setup.device])
+    with fake_ranks(num_ranks), FakeTensorMode(allow_non_fake_inputs=True), tracker, chunks:
         with tracker.under(BASE):
             is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
             _make_fake(model, ZeroPartition(deepspeed_config, setup.dtype) if is_sharded else Whole(_CPU), tracker)
@@ -148,7 +149,7 @@ def _persistent_bytes(engine: Any) -> int:
 def _full_batch(run: RunConfig) -> Batch:
     ids = torch.empty(run.train.micro_batch_size, run.data.max_length, dtype=torch.long)
     borders = torch.empty(run.train.micro_batch_size + 1, dtype=torch.int32)
-    return Batch(ids, ids.clone(), ids.clone(), borders, run.data.max_length)
+    return Batch(ids, ids.clone(), ids.clone(), borders, run.data.max_length, ids.flatten().clone())
 
 
 def _train_on(batch: Batch, engine: Any, tracker: Tracker) -> None:
@@ -160,15 +161,6 @@ def _train_on(batch: Batch, engine: Any, tracker: Tracker) -> None:
         engine.backward(loss)
     if hasattr(engine.optimizer, "empty_partition_cache"):  # ZeRO-3: what the step releases of what was prefetched
         engine.optimizer.empty_partition_cache()
-
-
-class _EveryPositionHasALabel(TorchDispatchMode):
-    """Selecting by a mask gives everything: how much a mask selects is a value."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor and (mask := args[1][0]) is not None and mask.dtype == torch.bool:
-            return args[0].flatten(0, mask.dim() - 1).clone()
-        return func(*args, **(kwargs or {}))
 
 
 def _name_phases(layers: Sequence[nn.Module], tracker: Tracker) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 from qvtune.config.data import LossOn
 from qvtune.config.schema import ClassificationSection
-from qvtune.data import IGNORE_INDEX
 from qvtune.data.batch import Batch, collate
 from qvtune.data.mixture import Rows
 from qvtune.data.packing import PackedRow
@@ -28,6 +27,8 @@ from qvtune.tasks.task import Task
 
 _LARGEST_EXPONENT = 709.0  # of e, in float64
 _CHUNK_LOGITS = 2**25  # logits in memory at a time: 128 MiB in fp32
+# Type of device -> label positions at a time, at least. Fewer leave a GPU idle; these are 0.5 GB with 128k tokens.
+MIN_CHUNK_ROWS = {"cpu": 1, "cuda": 1024, "meta": 1024}
 
 
 class CausalLM(Task):
@@ -77,26 +78,26 @@ class CausalLM(Task):
     def evaluate(self, engine: Any, batches: Iterable[Batch], documents: Documents | None = None) -> dict[str, float]:
         """``loss`` (mean cross entropy, nats per label token), ``token_accuracy`` (share of the label tokens that have
         the largest logit) and ``perplexity`` (the exponential of the loss), over all label tokens."""
-        loss_sum, num_labels = 0.0, 0
+        num_labels = 0
         own: list[tuple[NDArray[Any], ...]] = []
+        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=engine.device)
         for batch in batches:
             num_labels += batch.num_label_tokens
             losses_N = None if documents is None else torch.empty(batch.num_label_tokens, device=engine.device)
-            loss_sum += engine(batch.to(engine.device), num_correct=num_correct, losses_N=losses_N).item()
+            loss_sum += engine(batch.to(engine.device), num_correct=num_correct, losses_N=losses_N)
             if losses_N is not None:
                 own.append(_summed_by_document(batch, losses_N))
         if documents is not None:
             documents["loss"], documents["tokens"] = in_order(own)
-        sums = process_group.sum_over_ranks(loss_sum, num_labels, num_correct.item())
+        sums = process_group.sum_over_ranks(loss_sum.item(), num_labels, num_correct.item())
         loss, accuracy = sums[0] / sums[1], sums[2] / sums[1]
         return {"loss": loss, "token_accuracy": accuracy, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
 
 
 def _summed_by_document(batch: Batch, losses_N: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """Sum (float64) and number of the losses of each document that has some."""
-    positions = (batch.labels.flatten() != IGNORE_INDEX).nonzero()[:, 0].numpy()
-    document = np.searchsorted(batch.cu_seqlens.numpy(), positions, side="right")
+    document = np.searchsorted(batch.cu_seqlens.numpy(), batch.label_positions.numpy(), side="right")
     tokens = np.bincount(document)
     sums = np.bincount(document, weights=losses_N.cpu().numpy())
     return sums[tokens > 0], tokens[tokens > 0]
@@ -121,17 +122,22 @@ class CausalLMObjective(nn.Module):
         self.head = FrozenHeadLoss(causal_lm.get_output_embeddings())
 
     def forward(
-        self, batch: Batch, num_correct: torch.Tensor | None = None, losses_N: torch.Tensor | None = None
+        self,
+        batch: Batch,
+        num_correct: torch.Tensor | None = None,
+        losses_N: torch.Tensor | None = None,
+        return_hidden_states: bool = False,
     ) -> torch.Tensor:
         """Sum of ``-log p(label)`` over the label positions, fp32 scalar, nats.
 
         To ``num_correct``, an int64 scalar, the number of labels with the largest logit is added. ``losses_N`` gets the
-        terms of the sum, in the order of the label positions.
+        terms of the sum, in the order of the label positions. With ``return_hidden_states`` it returns those before the
+        output head instead, [B, T, D].
 
         Isolation of packed documents: sdpa and eager build a block-diagonal mask from positions that restart, but only
         as long as no attention mask is given; the flash kernels and whatever follows their interface take cu_seqlens.
         """
-        hidden_BTD = self._decoder[0](
+        hidden_BTD: torch.Tensor = self._decoder[0](
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None,
@@ -141,9 +147,42 @@ class CausalLMObjective(nn.Module):
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
         ).last_hidden_state
-        at_label = batch.labels != IGNORE_INDEX
-        loss: torch.Tensor = self.head(hidden_BTD[at_label], batch.labels[at_label], num_correct, losses_N)
-        return loss
+        if return_hidden_states:
+            return hidden_BTD
+        labels_N = batch.labels.flatten().index_select(0, batch.label_positions)
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.label_positions)
+        return head_cross_entropy(self.head, hidden_ND, labels_N, num_correct, losses_N)
+
+
+def head_cross_entropy(
+    head: "FrozenHeadLoss",
+    hidden_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    num_correct: torch.Tensor | None = None,
+    losses_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of ``-log p(label)`` as an fp32 scalar, 0 where N is 0, with its gradient.
+
+    The module itself is outside of autograd, so that ZeRO-3 does not gather its weight a second time for backward.
+    """
+    loss, grad_ND = head(hidden_ND.detach(), labels_N, num_correct, losses_N, with_gradient=hidden_ND.requires_grad)
+    if grad_ND is None:
+        return loss  # type: ignore[no-any-return]
+    return _WithGradient.apply(hidden_ND, loss, grad_ND)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _WithGradient(torch.autograd.Function):
+    """A scalar whose gradient with respect to the hidden states is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, loss: torch.Tensor, grad_ND: torch.Tensor) -> torch.Tensor:
+        ctx.grad_ND = grad_ND
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        grad_ND, ctx.grad_ND = ctx.grad_ND, None
+        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None
 
 
 class FrozenHeadLoss(nn.Module):
@@ -155,38 +194,23 @@ class FrozenHeadLoss(nn.Module):
         # Parameters of this module, so that ZeRO-3 gathers them once for all chunks.
         self.weight, self.bias = head.weight, head.bias
 
+    @torch.no_grad()
     def forward(
         self,
         hidden_ND: torch.Tensor,
         labels_N: torch.Tensor,
         num_correct: torch.Tensor | None = None,
         losses_N: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """fp32 scalar; 0 where N is 0."""
-        arguments = (hidden_ND, labels_N, self.weight, self.bias, num_correct, losses_N)
-        loss: torch.Tensor = _HeadCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
-        return loss
-
-
-class _HeadCrossEntropy(torch.autograd.Function):
-    """A frozen head: the gradient of the hidden states is known in forward, and logits live for a chunk only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        labels_N: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        num_correct: torch.Tensor | None,
-        losses_N: torch.Tensor | None,
-    ) -> torch.Tensor:
+        *,
+        with_gradient: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """fp32 scalar, 0 where N is 0; and, on demand, its gradient [N, D]. Logits live for a chunk of N only."""
         total = torch.zeros((), device=hidden_ND.device)
-        grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        rows = max(1, _CHUNK_LOGITS // weight_VD.shape[0])
+        grad_ND = torch.empty_like(hidden_ND) if with_gradient else None
+        rows = max(MIN_CHUNK_ROWS[hidden_ND.device.type], _CHUNK_LOGITS // self.weight.shape[0])
         for start in range(0, len(labels_N), rows):
             chunk, label_N1 = slice(start, start + rows), labels_N[start : start + rows, None]
-            log_probs_NV = nn.functional.linear(hidden_ND[chunk], weight_VD, bias_V).float()
+            log_probs_NV = nn.functional.linear(hidden_ND[chunk], self.weight, self.bias).float()
             log_probs_NV -= log_probs_NV.logsumexp(dim=-1, keepdim=True)
             at_label_N1 = log_probs_NV.gather(1, label_N1)
             total -= at_label_N1.sum()
@@ -197,11 +221,5 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if grad_ND is not None:  # d loss / d logits = softmax - one-hot
                 grad_logits_NV = log_probs_NV.exp_()
                 grad_logits_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=torch.float32))
-                grad_ND[chunk] = grad_logits_NV.to(weight_VD.dtype) @ weight_VD
-        ctx.grad_ND = grad_ND
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
-        grad_ND, ctx.grad_ND = ctx.grad_ND, None
-        return (grad_ND * grad_outputs[0]).to(grad_ND.dtype), None, None, None, None, None
+                grad_ND[chunk] = grad_logits_NV.to(self.weight.dtype) @ self.weight
+        return total, grad_ND

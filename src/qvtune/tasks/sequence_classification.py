@@ -23,6 +23,7 @@ from qvtune.errors import UserError
 from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES, family_of
 from qvtune.model.head import HeadSettings, head_path
+from qvtune.model.varlen import VARLEN
 from qvtune.tasks.labels import decode_scores, encode_class, encode_score, mean_score, sorted_labels
 from qvtune.tasks.metrics import Documents, class_documents, class_metrics, in_order, score_documents, score_metrics
 from qvtune.tasks.task import Task
@@ -172,13 +173,16 @@ class ClassificationObjective(nn.Module):
         self._classifier = [transformers_model(model)]  # in a list: registered once, under ``model``
         self._is_encoder = family_of(self._classifier[0]).is_encoder
 
-    def forward(self, batch: Batch, return_logits: bool = False) -> torch.Tensor:
+    def forward(self, batch: Batch, return_logits: bool = False, return_hidden_states: bool = False) -> torch.Tensor:
         """Sum over the documents of ``-log p(class)``, nats, or of squared errors: fp32 scalar, 0 where N is 0.
 
-        With ``return_logits`` the fp32 logits [N, C], or scores [N, 1], of the labelled documents in their order.
+        With ``return_logits`` the fp32 logits [N, C], or scores [N, 1], of the labelled documents in their order; with
+        ``return_hidden_states`` those before pooling, [B, T, D].
         """
+        if return_hidden_states:
+            return self._hidden(batch)
         positions_N, labels_N = labelled_documents(batch, at_end=not self._is_encoder)
-        logits_NC = self._head(self._hidden(batch).flatten(0, 1)[positions_N]).float()
+        logits_NC = self._head(self._hidden(batch).flatten(0, 1).index_select(0, positions_N)).float()
         if return_logits:
             return logits_NC
         targets_N = decoded(labels_N, is_regression=self.is_regression)
@@ -224,11 +228,12 @@ class ClassificationObjective(nn.Module):
 
 def labelled_documents(batch: Batch, *, at_end: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each document with a label its first position (or last) in the flattened batch, and its label; int64 [N]."""
-    starts = batch.cu_seqlens[:-1].long()
-    labels = batch.labels.flatten()[starts]
-    has_label = labels != IGNORE_INDEX
-    positions = batch.cu_seqlens[1:].long() - 1 if at_end else starts
-    return positions[has_label], labels[has_label]
+    starts_N = batch.label_positions
+    labels_N = batch.labels.flatten().index_select(0, starts_N)
+    if not at_end:
+        return starts_N, labels_N
+    ends = batch.cu_seqlens[1:].long()
+    return ends.index_select(0, torch.searchsorted(ends, starts_N, right=True)) - 1, labels_N
 
 
 def decoded(labels_N: torch.Tensor, *, is_regression: bool) -> torch.Tensor:
@@ -242,13 +247,15 @@ def first_position(config: Any) -> int:
 
 
 def _document_mask(inner: Any, batch: Batch) -> Any:
-    """Each token sees those of its document, before and behind it."""
+    """Each token sees those of its document, before and behind it; None where the attention takes ``cu_seqlens``."""
     from transformers.masking_utils import (
         create_bidirectional_mask,
         find_packed_sequence_indices,
         packed_sequence_mask_function,
     )
 
+    if inner.config._attn_implementation == VARLEN:
+        return None
     document_BT = find_packed_sequence_indices(batch.position_ids)
     like_BT0 = torch.empty(*batch.input_ids.shape, 0, dtype=inner.dtype, device=batch.input_ids.device)
     mask: Any = create_bidirectional_mask(

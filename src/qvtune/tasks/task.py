@@ -75,7 +75,7 @@ class Task(Protocol):
         """The module that DeepSpeed runs, around the model with its adapters: Batch -> loss.
 
         The loss is an fp32 scalar, summed over all labels; the loop divides it by their number over all
-        micro-batches and ranks.
+        micro-batches and ranks. With ``return_hidden_states=True`` the last hidden states [B, T, D] instead.
         """
 
     @abstractmethod

@@ -19,6 +19,7 @@ from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
 from qvtune.system import peak_rss_bytes
 from qvtune.tasks.metrics import Documents
+from qvtune.train.batches import micro_batches
 from qvtune.train.early_stopping import followed_metric, without_improvement
 from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.generate import generate
@@ -41,8 +42,7 @@ def train(config: RunConfig) -> int:
     """
     stop = StopRequest(config.train.max_hours)
     run = prepare(config, stop)
-    engine, state, max_steps = run.engine, run.state, run.plan.max_steps
-    settings, rows = config.train, run.plan.rows
+    state, max_steps, settings, rows = run.state, run.plan.max_steps, config.train, run.plan.rows
     last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
     run_started, reason = time.monotonic(), "stopped"
     record, close = _recorder(run, config)
@@ -54,15 +54,16 @@ def train(config: RunConfig) -> int:
             if state.step >= last_step:
                 display.say(f"step {state.step} of {last_step} is complete already: nothing to train")
             elif config.data.packing:
-                display.say(check_isolation(engine, next(_micro_batches(run, config, state.step)), run.plan.dtype))
+                display.say(_check_isolation(run))
             _evaluate_and_generate(run, config, stop, display, record)
 
+            batches = micro_batches(run, config)
             while state.step < last_step:
                 started = time.monotonic()
-                lr = _set_learning_rates(engine, state.step, max_steps, config)
+                lr = _set_learning_rates(run.engine, state.step, max_steps, config)
                 row_ids = run.plan.order.of_step(state.step, settings.global_batch_size)
                 tokens, label_tokens = int(rows.num_tokens[row_ids].sum()), int(rows.num_label_tokens[row_ids].sum())
-                loss, grad_norm = _optimizer_step(run, config, stop, label_tokens)
+                loss, grad_norm = _optimizer_step(run, config, stop, batches, label_tokens)
 
                 state.step += 1
                 state.tokens += tokens
@@ -100,6 +101,11 @@ def _record_start(run: Run, record: Record) -> None:
     record("base_loaded", **_largest(vars(run.load)))
 
 
+def _check_isolation(run: Run) -> str:
+    plan = run.plan
+    return check_isolation(run.engine, plan.task, plan.rows[0], plan.pad_token_id, plan.attention, plan.dtype)
+
+
 def _set_learning_rates(engine: Any, step: int, max_steps: int, config: RunConfig) -> dict[str, float]:
     """Give each parameter group its learning rate for the step after ``step``; returns them by the group's name."""
     for group in engine.optimizer.param_groups:
@@ -107,7 +113,9 @@ def _set_learning_rates(engine: Any, step: int, max_steps: int, config: RunConfi
     return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
-def _optimizer_step(run: Run, config: RunConfig, stop: StopRequest, label_tokens: int) -> tuple[float, float]:
+def _optimizer_step(
+    run: Run, config: RunConfig, stop: StopRequest, batches: Iterator[Batch], label_tokens: int
+) -> tuple[float, float]:
     """Train on one global batch of ``label_tokens``; collective. Returns loss per label token, and gradient norm.
 
     The norm is that before clipping. Raises RuntimeError when one of the two is not finite.
@@ -117,21 +125,32 @@ def _optimizer_step(run: Run, config: RunConfig, stop: StopRequest, label_tokens
     # Dropout depends on the step and the rank alone, so a resumed run draws the same masks.
     torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + process_group.rank())
 
-    loss_sum = 0.0
-    for micro_step, batch in enumerate(_micro_batches(run, config, step), start=1):
-        stop.poll()
-        summed = engine(batch)
+    stop.poll()
+    device_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for micro_step in range(1, accumulation + 1):
+        if micro_step > 1:
+            stop.poll_in_time()
         # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
-        engine.backward(summed * (accumulation * world_size / label_tokens))
-        loss_sum += summed.item()
-        if micro_step == accumulation:
-            (loss_sum,) = process_group.sum_over_ranks(loss_sum)
+        device_sum += train_on(next(batches), engine, accumulation * world_size / label_tokens)
+        if micro_step == accumulation:  # until here the host has not waited for the device
+            (loss_sum,) = process_group.sum_over_ranks(device_sum.item())
             _require_finite("loss", loss_sum, step + 1)
         engine.step()
     # In bfloat16 DeepSpeed skips a step whose gradients are not finite, and only this counter tells.
     grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
     _require_finite("gradient norm", grad_norm, step + 1)
     return loss_sum / label_tokens, grad_norm
+
+
+def train_on(batch: Batch, engine: Any, scale: float) -> torch.Tensor:
+    """Forward and backward of a micro-batch; gradients are those of its summed loss times ``scale``.
+
+    Returns the summed loss, a scalar on the device. The host does not wait for the device.
+    """
+    summed = engine(batch)
+    engine.backward(summed * scale)
+    loss: torch.Tensor = summed.detach()
+    return loss
 
 
 def _recorder(run: Run, config: RunConfig) -> tuple[Record, Callable[[], None]]:
@@ -172,15 +191,6 @@ def _require_finite(what: str, value: float, step: int) -> None:
     """``value`` is the same on all ranks, so all of them raise."""
     if not math.isfinite(value):
         raise RuntimeError(f"step {step}: the {what} is {value}; no checkpoint contains this step")
-
-
-def _micro_batches(run: Run, config: RunConfig, step: int) -> Iterator[Batch]:
-    """This rank's micro-batches of an optimizer step: ranks take turns in the global order of rows."""
-    rows, size, world_size = run.plan.rows, config.train.micro_batch_size, process_group.world_size()
-    row_ids = run.plan.order.of_step(step, config.train.global_batch_size)
-    for start in range(process_group.rank() * size, len(row_ids), world_size * size):
-        batch = run.plan.task.collate([rows[int(row)] for row in row_ids[start : start + size]], run.plan.pad_token_id)
-        yield batch.to(run.engine.device)
 
 
 def _evaluate_and_generate(

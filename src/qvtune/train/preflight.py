@@ -19,7 +19,7 @@ from qvtune.data.mixture import RowOrder, Rows
 from qvtune.distributed import process_group
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.adapters import add_adapters, trainable
-from qvtune.model.attention import choose_attention, choose_dtype
+from qvtune.model.attention import attention_dropout, choose_attention, choose_dtype
 from qvtune.model.loader import open_base
 from qvtune.model.shard import resident_bytes
 from qvtune.model.skeleton import largest_layer_numel, require_forward
@@ -197,9 +197,6 @@ def _inspect(
     config: RunConfig, world_size: int, on_gpus: bool | None, checks: Checks, find_model: FindModel = model_folder
 ) -> _Inspected:
     dtype, dtype_reason = choose_dtype(config.model.dtype, on_gpus)
-    # Kernels cannot be looked for on another machine; no check depends on which they are.
-    chosen = checks.run(lambda: choose_attention(config.model.attention, dtype)) if on_gpus is None else None
-    attention, attention_reason = chosen or ("sdpa", "for checks only")
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
     checks.run(lambda: _check_nan_check(config, deepspeed_config))
@@ -209,6 +206,10 @@ def _inspect(
     if folder is not None:
         model = _check_model(folder, config, dtype, checks)
         tokenizer = checks.run(partial(load_tokenizer, folder, config.model))
+    # Kernels cannot be looked for on another machine; no check depends on which they are.
+    dropout = 0.0 if model is None else attention_dropout(model.config)
+    chosen = checks.run(lambda: choose_attention(config.model.attention, dtype, dropout)) if on_gpus is None else None
+    attention, attention_reason = chosen or ("sdpa", "for checks only")
     return _Inspected(
         dtype=dtype,
         attention=attention,

@@ -17,9 +17,11 @@ from qvtune.distributed import process_group
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import naming_setting
 from qvtune.model.adapters import add_adapters, trainable
+from qvtune.model.attention import prepare_attention
 from qvtune.model.fingerprint import Fingerprint, require_unchanged
 from qvtune.model.loader import LoadReport, fill, open_base
 from qvtune.model.shard import Whole, ZeroPartition
+from qvtune.model.varlen import VARLEN
 from qvtune.model.whole import WholeModel
 from qvtune.optim.groups import assert_multipliers, groups_table, parameter_groups
 from qvtune.storage.paths import cache_dir
@@ -75,6 +77,7 @@ def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:
 
 def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn.Module, LoadReport, Fingerprint]:
     head = planned.task.head(config.train.seed, planned.rows)
+    prepare_attention(planned.attention, deterministic=config.model.deterministic_attention)
     with naming_setting("model.name_or_path"):
         base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter, head)
     if process_group.is_main() and base.head_note and planned.resume is None:
@@ -103,7 +106,9 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
 
 
 def _whole_model(config: RunConfig, planned: Plan) -> WholeModel:
-    base = open_base(planned.folder, config.model, planned.dtype, planned.attention, config.adapter)
+    # Generation has a cache, which has no documents' borders.
+    attention = "sdpa" if planned.attention == VARLEN else planned.attention
+    base = open_base(planned.folder, config.model, planned.dtype, attention, config.adapter)
     return WholeModel(add_adapters(base.model, config.adapter, str(planned.folder), config.train.seed), planned.folder)
 
 

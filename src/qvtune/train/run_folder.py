@@ -43,7 +43,7 @@ _FREE_SETTINGS = {
         "max_hours",
         "activation_checkpointing",
     },
-    "model": {"attention"},
+    "model": {"attention", "deterministic_attention"},
     "data": {"eval", "num_workers"},
     "classification": {"metric"},
 }
