@@ -11,6 +11,7 @@ Exit codes:
   0      the run is complete, or what was asked for has been shown
   2      the configuration or the data is wrong; nothing was written
   75     stopped on request after a complete checkpoint; the same command resumes
+  76     a rank hung (train.hang_seconds) and all were ended; the same command resumes
   other  a failure
 """
 

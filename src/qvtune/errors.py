@@ -7,6 +7,8 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
+HUNG_EXIT_CODE = 76  # a rank hung, and all were ended; see qvtune/distributed/hang.py
+
 
 class UserError(Exception):
     """Something a person can put right: shown without a traceback, exit code 2.

@@ -64,6 +64,28 @@ def test_a_job_whose_network_is_cut_names_the_host_and_finishes(site: Site) -> N
     assert site.losses(name) == site.reference(2)
 
 
+def test_a_job_with_a_rank_that_hangs_twice_finishes_without_its_host(site: Site) -> None:
+    name = "hung"
+    job = site.train(name, "train.hang_seconds=15", options=("--partition=all",))
+    hosts = []
+    for restarts in (0, 1):
+        now = site.wait_for_step(job, name, (restarts + 1) * SAVE_EVERY + 1)
+        hosts.append(now.hosts[1])
+        *_, rank = site.cluster.pids(hosts[-1], RANK)
+        site.cluster.kill(hosts[-1], "STOP", rank)
+        wait_until(lambda: not site.cluster.pids(hosts[-1], RANK), "end of the rank that was stopped", timeout=60)
+        again = restarts + 1
+        site.cluster.wait_for_job(job, lambda now, it=again: now.restarts == it, "requeued", timeout=60)
+    assert hosts[0] == hosts[1], "Slurm has used another host by itself"
+    done = site.cluster.wait(job, timeout=400)
+    restarted(done, times=2)
+    assert done.log().count(f"rank 1 on {hosts[0]}: last seen at ") == 2, done.story
+    assert "restart 0] exit code 76" in done.log() or "exit code 137" in done.log(), done.story
+    assert f"as ranks have hung there twice: {hosts[0]}" in done.log(), done.story
+    assert hosts[0] not in done.hosts
+    assert site.losses(name) == site.reference(2)
+
+
 def test_a_killed_rank_ends_the_job(site: Site) -> None:
     name = "killed"
     job = train_until_saved(site, name)
@@ -79,7 +101,8 @@ def test_a_killed_rank_ends_the_job(site: Site) -> None:
 def test_a_stale_rank_writes_nothing(site: Site) -> None:
     """slurmd alone dies: the ranks of the first start live on, paused until the second one is at work elsewhere."""
     name = "stale"
-    job = site.train(name, nodes=1, options=("--partition=all",), QVTUNE_PROCS_PER_NODE="2")
+    options = ("--partition=all",)
+    job = site.train(name, "train.hang_seconds=null", nodes=1, options=options, QVTUNE_PROCS_PER_NODE="2")
     (host,) = site.wait_for_step(job, name, SAVE_EVERY + 1).hosts
     ranks = site.cluster.pids(host, RANK)
     site.cluster.kill(host, "STOP", *ranks)

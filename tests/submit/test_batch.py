@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qvtune.distributed.hang_reports import HangFiles, Report
 from qvtune.errors import UserError
 from qvtune.submit import batch
 from tests.support.processes import run_command
@@ -69,6 +70,23 @@ def test_a_run_has_finished_when_its_record_says_so(tmp_path: Path, last: str, c
     (tmp_path / "metrics.jsonl").write_text('{"event": "run_end", "reason": "completed"}\n' * bool(last) + last)
     assert batch.main(["finished", str(tmp_path)]) == code
     assert batch.main(["finished", str(tmp_path / "nowhere")]) == 1
+
+
+def test_a_hang_of_this_start_is_told_with_the_hosts_of_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for restart, rank in enumerate((1, 0, 1)):
+        files = HangFiles(tmp_path / "logs", f"{restart}", ("n1", "n2"))
+        files.report(Report(rank, files.hosts[rank], "step 7", 15.0, "it is in x.py", is_waiting=False))
+        files.write_verdict(files.reports(), "12", restart)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert batch.main(["hung", str(tmp_path)]) == 0
+    excluded, message = capsys.readouterr().out.split("\n", 1)
+    assert excluded == "n2" and "rank 0 on n1: last seen at step 7" in message
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert batch.main(["hung", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_jobs_that_start_together_look_for_ports_far_apart(

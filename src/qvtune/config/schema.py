@@ -118,6 +118,11 @@ class TrainSection(Section):
     max_hours: PositiveNumber | None = Field(
         default=None, description="save after so many hours since the start, whatever the step, and exit with code 75"
     )
+    hang_seconds: PositiveNumber | None = Field(
+        default=600.0,
+        description="end all ranks with code 76 when one has given no sign of life for so many seconds; must exceed "
+        "the slowest micro-batch and the slowest save; at most 0.9 * QVTUNE_TIMEOUT_SECONDS counts; null = never",
+    )
     early_stopping: Positive | None = Field(
         default=None,
         description="end the run after so many evaluations in a row without a better value of the metric that decides "

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from qvtune.distributed import heartbeat
 from qvtune.distributed.ports import any_free_port
 from qvtune.errors import StopRequested, UserError
 from qvtune.system import heavy_imports
@@ -33,7 +34,7 @@ def start() -> None:
     a broken network is not noticed otherwise. Raises UserError if the variable is not a number of seconds, and on rank
     0 if the port is taken, by another run for example.
     """
-    timeout = _timeout()
+    waits_at_most = timeout()
     _share_cores()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -48,7 +49,7 @@ def start() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     try:
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=waits_at_most)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -58,7 +59,8 @@ def start() -> None:
         ) from error
 
 
-def _timeout() -> timedelta:
+def timeout() -> timedelta:
+    """How long a collective waits for another rank: QVTUNE_TIMEOUT_SECONDS. Raises UserError if that is no number."""
     text = os.environ.get("QVTUNE_TIMEOUT_SECONDS", "1800")
     if not text.isdecimal() or int(text) == 0:
         raise UserError(f"QVTUNE_TIMEOUT_SECONDS (slurm/cluster.env): {text!r} is not a number of seconds, e.g. 1800")
@@ -149,7 +151,7 @@ def max_over_hosts(*values: float) -> list[float]:
 @lru_cache
 def _host_group() -> Any:
     """A gloo group of all ranks; the first call is collective."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_timeout())
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout())
 
 
 def announce(name: str, text: str) -> None:
@@ -265,6 +267,7 @@ def _await_all_ranks() -> None:
         name, seconds = f"qvtune/arrived-{next(_meetings)}", 0.01
         _store().add(name, 1)
         while _store().add(name, 0) < world_size():
+            heartbeat.beat()
             time.sleep(seconds)
             seconds = min(2 * seconds, _POLL_SECONDS)
 

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from qvtune.distributed import process_group
+from qvtune.distributed import heartbeat, process_group
 from qvtune.distributed.stop_signals import end_at_second_request, listen, take_recorded
 from qvtune.errors import StopRequested
 
@@ -54,6 +54,7 @@ class StopRequest:
 
     def poll(self) -> None:
         """Raise StopRequested on all ranks if one of them has a stop request; collective, over host memory."""
+        heartbeat.beat()
         seconds = (time.monotonic() - self._met_at) / max(1, self._calls)
         requested, slowest = process_group.max_over_hosts(self._requested(), seconds)
         # All ranks compute the same number. It at most doubles: the first pieces of a kind may be exceptionally short.
@@ -70,12 +71,14 @@ class StopRequest:
         where a piece takes longer. A request is noticed within 20 seconds even if all pieces suddenly take 20 times as
         long as before.
         """
+        heartbeat.beat()
         self._calls += 1
         if self._calls >= self._calls_between_meetings:
             self.poll()
 
     def poll_alone(self) -> None:
         """The same for work of one rank inside ``process_group.raise_on_all_ranks``; cheap, so call it often."""
+        heartbeat.beat()
         now = time.monotonic()
         if self.signal is None and now < self._next_poll:
             return

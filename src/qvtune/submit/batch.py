@@ -1,4 +1,4 @@
-"""Helper of slurm/train.sbatch and slurm/node.sh: ``python -m qvtune.submit.batch prepare|lost|finished ...``.
+"""Helper of slurm/train.sbatch and slurm/node.sh: ``python -m qvtune.submit.batch prepare|lost|hung|finished ...``.
 
 Imports nothing that takes seconds.
 """
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qvtune.config.load import load_config
+from qvtune.distributed.hang_reports import hung_twice, verdict_of
 from qvtune.distributed.ports import free_port_of_job
 from qvtune.errors import UserError
 
@@ -68,15 +69,29 @@ def has_finished(run_dir: Path) -> bool:
     return last.get("event") == "run_end" and last["reason"] == "completed"
 
 
+def hang_of_start(run_dir: Path, job: str, restart: int) -> str:
+    """Where a rank has hung in this start of a job: the hosts that did so in two starts or more, then the message.
+
+    Empty where none has; the hosts are on the first line, separated by commas.
+    """
+    logs = run_dir / "logs"
+    verdict = verdict_of(logs, job, restart)
+    return "" if verdict is None else f"{','.join(hung_twice(logs, job))}\n{verdict['message']}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code.
 
-    ``prepare RECIPE [overrides]`` prints a free port and the run folder, ``lost PORT HOST ...`` the lost hosts;
-    ``finished RUN_DIR`` returns 0 or 1.
+    ``prepare RECIPE [overrides]`` prints a free port and the run folder, ``lost PORT HOST ...`` the lost hosts,
+    ``hung RUN_DIR`` what ``hang_of_start`` says of this start; ``finished RUN_DIR`` returns 0 or 1.
     """
     command, first, *rest = arguments
     if command == "finished":
         return 0 if has_finished(Path(first)) else 1
+    if command == "hung":
+        restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        sys.stdout.write(hang_of_start(Path(first), os.environ["SLURM_JOB_ID"], restart))
+        return 0
     if command == "lost":
         sys.stdout.write(" ".join(lost_hosts(rest, int(first))))
         return 0

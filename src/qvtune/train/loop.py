@@ -3,13 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import Batch
-from qvtune.distributed import process_group
+from qvtune.distributed import heartbeat, process_group
+from qvtune.distributed.hang import watched
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
 from qvtune.optim.schedule import multiplier
@@ -35,11 +37,18 @@ Record = Callable[..., None]  # event, fields -> metrics.jsonl
 def train(config: RunConfig) -> int:
     """Train until ``max_steps``, early stopping or a request to stop; collective. Returns the exit code.
 
+    A rank that hangs ends all ranks, see qvtune/distributed/hang.py.
+
     The loss of an optimizer step is the sum over its label tokens divided by their number over all micro-batches and
     ranks, so it does not depend on how the rows are split.
 
     Raises StopRequested when the request comes before the run folder is opened, when there is nothing to save.
     """
+    with watched(Path(config.run_dir) / "logs", config.train.hang_seconds):
+        return _train(config)
+
+
+def _train(config: RunConfig) -> int:
     stop = StopRequest(config.train.max_hours)
     run = prepare(config, stop)
     state, max_steps, settings, rows = run.state, run.plan.max_steps, config.train, run.plan.rows
@@ -128,6 +137,7 @@ def _optimizer_step(
     stop.poll()
     device_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for micro_step in range(1, accumulation + 1):
+        heartbeat.beat(f"step {step + 1}, micro-batch {micro_step} of {accumulation}")
         if micro_step > 1:
             stop.poll_in_time()
         # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
@@ -208,6 +218,7 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     if not plan.eval_sets or not is_due or "loss" in state.evaluations.get(state.step, {}):
         return
     size = config.train.micro_batch_size
+    heartbeat.beat(f"evaluation after step {state.step}")
     of_each: dict[str, Documents] | None = {name: {} for name in plan.eval_sets} if config.train.eval_rows else None
     found, seconds = evaluate_sets(run.engine, plan.task, plan.eval_sets, size, plan.pad_token_id, stop.poll, of_each)
     for name, documents in (of_each or {}).items():
@@ -228,6 +239,7 @@ def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     every = config.train.eval_every if settings.every is None else settings.every
     if not (state.step in (0, plan.max_steps) or _due(state.step, every) or _ends_early(run, config)):
         return
+    heartbeat.beat(f"generation after step {state.step}")
     found = generate(run.whole, run.engine, plan.prompts, settings, plan.tokenizer, stop)
     state.generated_at = state.step
     display.say(answers_table(state.step, found.fields()))

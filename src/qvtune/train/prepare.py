@@ -13,7 +13,7 @@ from qvtune.checkpoint.owner import Owner
 from qvtune.checkpoint.state import TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
-from qvtune.distributed import process_group
+from qvtune.distributed import heartbeat, process_group
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import naming_setting
 from qvtune.model.adapters import add_adapters, trainable
@@ -50,11 +50,14 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
 
     Raises UserError and StopRequested, on all ranks, as long as the run folder is untouched.
     """
-    planned = preflight(config, process_group.world_size(), poll=stop.poll, poll_alone=stop.poll_alone)
+    with heartbeat.unlimited("checks, downloads and tokenization"):
+        planned = preflight(config, process_group.world_size(), poll=stop.poll, poll_alone=stop.poll_alone)
+    heartbeat.beat("loading of the base")
     model, load, content = _load_model(config, planned, stop)
     stop.poll()
     config = planned.config
     whole = _whole_model(config, planned) if planned.prompts else None
+    heartbeat.beat("opening of the run folder")
     resume, owner, damaged = open_run_folder(config, planned.deepspeed_config, planned.data_statistics, planned.resume)
     if resume is not None:
         checkpoint_engine.load_trained(resume, model)
@@ -64,7 +67,8 @@ def prepare(config: RunConfig, stop: StopRequest) -> Run:
         state.max_steps = planned.max_steps
     else:
         state = TrainerState(max_steps=planned.max_steps, trajectory=trajectory_settings(config))
-    engine = _start_engine(model, config, planned, resume, state)
+    with heartbeat.unlimited("start of DeepSpeed"):  # it may compile
+        engine = _start_engine(model, config, planned, resume, state)
     return Run(engine, planned, Path(config.run_dir), owner, resume, damaged, state, load, content, whole)
 
 

@@ -41,6 +41,7 @@ _FREE_SETTINGS = {
         "generate",
         "stop_after_step",
         "max_hours",
+        "hang_seconds",
         "activation_checkpointing",
     },
     "model": {"attention", "deterministic_attention"},

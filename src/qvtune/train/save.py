@@ -12,7 +12,7 @@ from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.engine import gather_state
 from qvtune.checkpoint.state import TrainedState
 from qvtune.config.schema import RunConfig
-from qvtune.distributed import process_group
+from qvtune.distributed import heartbeat, process_group
 from qvtune.errors import StopRequested
 from qvtune.train.early_stopping import followed_metric
 from qvtune.train.prepare import Run
@@ -41,6 +41,7 @@ class Saves:
         this ``is_last``.
         """
         started, step = monotonic(), self._run.state.step
+        heartbeat.beat(f"checkpoint of step {step}")
         gathered = gather_state(self._run.engine)
         size, failure = process_group.broadcast_object(self._write(gathered) if self._run.owner is not None else None)
         if failure is None:
