@@ -2,14 +2,17 @@
 """Repeat arXiv 2410.02247 and judge its claims.
 
 Example:
+  python launch/study.py grid GRID.yaml
   python launch/study.py toy --output studies/toy
   python launch/study.py bounds launch/recipes/glue_sst2.yaml
 
 `python launch/study.py COMMAND --help` explains a command.
 
 Exit codes:
-  0  done
-  2  the command line or a file is wrong; nothing was written
+  0   done
+  1   grid: cells have failed, all others are complete
+  2   the command line or a file is wrong; nothing was written
+  75  grid: stopped on request; the same command resumes
 """
 
 import argparse
@@ -19,7 +22,25 @@ from pathlib import Path
 from qvtune.config.load import load_config
 from qvtune.console import command_parser, positive
 from qvtune.distributed.command import run_alone
+from qvtune.study.run import train_grid
 from qvtune.system import heavy_imports
+
+GRID = """Train the runs of a grid: projections x method x rank x lambda x learning rate x seed x task.
+
+Example:
+  python launch/study.py grid GRID.yaml
+  python launch/study.py grid GRID.yaml --workers 4 train.max_steps=100 run_dir=studies/short
+
+Each cell of the grid is a run in STUDY/cells/NAME, as launch/train.py makes it; STUDY is run_dir of the grid or of its
+recipe. Workers train one cell after another. The same command resumes; cells that have failed are tried again.
+GRID.yaml: launch/README.md.
+
+Exit codes:
+  0   all cells are complete
+  1   cells have failed, which failed.txt in their folders explains; all others are complete
+  2   the grid, its recipe or the command line is wrong; nothing was trained
+  75  stopped on request; the same command resumes
+"""
 
 TOY = """Simulate Theorem 2 in a toy model of width n: the rates at which learning is efficient as n grows.
 
@@ -54,6 +75,16 @@ def main() -> int:
     """Parse the command line and run a command."""
     parser = command_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", help="one of:", parser_class=command_parser)
+    grid = commands.add_parser("grid", help="train the runs of a grid", documentation=GRID)
+    grid.add_argument("grid", type=Path, metavar="GRID.yaml", help="the recipe, and what its cells change")
+    grid.add_argument("--workers", type=positive, metavar="N", help="cells at a time; default: one per GPU or CPU core")
+    grid.add_argument(
+        "--ranks-per-cell", type=positive, default=1, metavar="R", help="ranks that train a cell; default %(default)s"
+    )
+    grid.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
+    )
+    grid.set_defaults(execute=_grid)
     toy = commands.add_parser("toy", help="Theorem 2 by simulation", documentation=TOY)
     toy.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for toy.csv and toy.svg")
     toy.add_argument("--seeds", type=positive, default=2000, metavar="N", help="draws per width; default %(default)s")
@@ -71,6 +102,10 @@ def main() -> int:
     # Options may stand between overrides, which argparse does not allow below another parser.
     options = commands.choices[name].parse_intermixed_args(words) if name in commands.choices else parser.parse_args()
     return run_alone(lambda: options.execute(options))
+
+
+def _grid(options: argparse.Namespace) -> None:
+    train_grid(options.grid, options.overrides, options.workers, options.ranks_per_cell)
 
 
 def _toy(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.support.processes import REPOSITORY
 
 COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
-PARTS = {"study": ("toy", "bounds")}  # of a command whose first argument says what it does
+PARTS = {"study": ("grid", "toy", "bounds")}  # of a command whose first argument says what it does
 HELPS = [(path, part) for path in COMMANDS for part in ("", *PARTS.get(path.stem, ()))]
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 # Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
@@ -48,6 +48,8 @@ WRONG = {
     "study": [
         ([], "the following arguments are required: COMMAND"),
         (["toi"], "invalid choice: 'toi'"),
+        (["grid", "{folder}/none.yaml"], "none.yaml: the configuration cannot be read"),
+        (["grid", "{recipe}"], "`train` is not a setting; allowed: recipe, run_dir, tasks, cells, factors"),
         (["toy", "--output={folder}/out", "--seeds=0"], "--seeds: '0' is not a whole number > 0"),
         (["toy"], "the following arguments are required: --output"),
         (["bounds", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),

@@ -9,7 +9,7 @@ import yaml
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
-from qvtune.study.cell import Cell, Grid, dump_grid, override, read_cells, read_grid
+from qvtune.study.cell import Cell, Grid, dump_cells, override, read_cells, read_grid
 
 RECIPE = {
     "run_dir": "runs/study",
@@ -115,7 +115,7 @@ def test_equal_parameter_counts(tmp_path: Path) -> None:
 def test_the_study_is_read_back(tmp_path: Path) -> None:
     grid = read_grid(write(tmp_path, {"factors": {"projections": ["qk", "qv"], "ratio": [1, 2], "seed": [0, 1]}}))
     (tmp_path / "study").mkdir()
-    (tmp_path / "study" / "grid.yaml").write_text(dump_grid(grid))
+    (tmp_path / "study" / "grid.yaml").write_text(dump_cells(grid.cells))
     found = read_cells(tmp_path / "study")
     assert found == grid.cells and isinstance(found[0], Cell)
     for folder in (tmp_path, tmp_path / "other"):  # in one of them there is a grid.yaml that a person has written

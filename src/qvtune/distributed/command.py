@@ -53,13 +53,16 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
 
 
 def run_alone(command: Callable[[], object]) -> int:
-    """Run ``command`` without a process group; 0, or the exit code of its UserError, which is printed."""
+    """Run ``command`` without a process group; 0, or the exit code of UserError or StopRequested, which are printed."""
     _before_imports()
     try:
         command()
     except UserError as error:
         _print(error)
         return error.exit_code
+    except StopRequested as request:
+        sys.stderr.write(f"{request}\n")
+        return request.exit_code
     return 0
 
 

@@ -27,10 +27,11 @@ class StopRequest:
     """Handles stop signals from its construction to the end of the process. Create one per run, on all ranks.
 
     Signals that ``record_stop_signals`` has recorded before count as well. ``max_hours`` from now on it requests a stop
-    itself.
+    itself, and when the process ``parent``, which has started this one, is gone.
     """
 
-    def __init__(self, max_hours: float | None = None) -> None:
+    def __init__(self, max_hours: float | None = None, parent: int | None = None) -> None:
+        self._parent = parent
         self._max_hours = max_hours
         self._deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         self.signal: signal.Signals | None = None
@@ -87,7 +88,8 @@ class StopRequest:
             raise StopRequested(self._reason())
 
     def _requested(self) -> bool:
-        return self.signal is not None or self._is_late() or self._launcher != _deepspeed_launcher()
+        is_orphan = self._parent is not None and os.getppid() != self._parent
+        return self.signal is not None or self._is_late() or is_orphan or self._launcher != _deepspeed_launcher()
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline

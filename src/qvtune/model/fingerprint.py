@@ -39,6 +39,11 @@ class ContentChecksums:
         if not all_finite(data):
             self._not_finite.add(name)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that has been added here is finite."""
+        return not self._not_finite
+
     def set_whole(self, name: str, data: torch.Tensor) -> None:
         """The whole tensor, whatever has been added of it before."""
         self.sums[name] = 0

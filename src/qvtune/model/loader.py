@@ -6,6 +6,7 @@ The order is that of the skeleton's parameters on all ranks, since quantizing ga
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qvtune.model import prequantized
 from qvtune.model.families import FAMILIES, ends_in, names_of_base, trained_matrices
 from qvtune.model.fingerprint import ContentChecksums, Fingerprint
 from qvtune.model.head import HeadSettings, make_new_modules
+from qvtune.model.kept import KeptBase, read_again
 from qvtune.model.nf4 import Layout, NF4Linear, first_own_weight, quantize_shard
 from qvtune.model.prequantized import StoredNF4
 from qvtune.model.shard import Placement, Whole, resident_bytes
@@ -204,26 +206,30 @@ def fill(
     placement: Placement,
     dtype: torch.dtype,
     between_modules: Callable[[], None] = lambda: None,
+    kept: KeptBase | None = None,
 ) -> tuple[LoadReport, Fingerprint]:
     """Replace the skeleton's empty parameters by loaded ones; collective when ``placement`` has several ranks.
 
     Quantization starts from the stored precision, so that the same base has the same bits in every compute dtype.
-    ``between_modules`` is called equally often, between the same modules, on all ranks. Raises UserError, on all ranks,
-    naming the tensors that hold NaN or infinite values.
+    ``between_modules`` is called equally often, between the same modules, on all ranks. What ``kept`` has is not read
+    again. Raises UserError, on all ranks, naming the tensors that hold NaN or infinite values.
     """
     started = time.monotonic()
     checksums = ContentChecksums(base.weights)
+    keep = read_again if kept is None else kept.of(checksums, dtype, placement.shard)
     filled: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors are read once
     for path, module in base.skeleton.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             between_modules()
         if isinstance(module, NF4Linear):
-            _fill_quantized(path, module, base, placement, checksums)
+            read = partial(quantized_pieces, path, module.layout, base, placement, checksums)
+            _fill_quantized(module, placement, *keep(f"{path} {module.layout}", read))
             return_freed_memory()
         for name, empty in list(module.named_parameters(recurse=False)):
             if empty.device.type == "meta":
                 if empty not in filled:
-                    filled[empty] = _load_plain(f"{path}.{name}", empty, base.weights, placement, dtype, checksums)
+                    read_plain = partial(_read_plain, f"{path}.{name}", empty, placement, dtype, checksums)
+                    filled[empty] = placement.parameter(tuple(empty.shape), keep(f"{path}.{name}", read_plain))
                 setattr(module, name, filled[empty])
     if placement.shard.rank == 0:
         for name in prequantized.descriptions(base.weights, base.stored):  # all ranks have read them
@@ -240,9 +246,8 @@ def fill(
 
 
 def _fill_quantized(
-    path: str, module: NF4Linear, base: Base, placement: Placement, checksums: ContentChecksums
+    module: NF4Linear, placement: Placement, pieces: Mapping[str, torch.Tensor], offset: torch.Tensor
 ) -> None:
-    pieces, offset = quantized_pieces(path, module.layout, base, placement, checksums)
     for piece_name, numel in module.layout.piece_numel().items():
         setattr(module, piece_name, placement.parameter((numel,), pieces[piece_name]))
     module.offset = offset
@@ -274,20 +279,15 @@ def quantized_pieces(
     return quantize_shard(read, layout, placement)
 
 
-def _load_plain(
-    name: str,
-    empty: nn.Parameter,
-    weights: TensorSource,
-    placement: Placement,
-    dtype: torch.dtype,
-    checksums: ContentChecksums,
-) -> nn.Parameter:
+def _read_plain(
+    name: str, empty: nn.Parameter, placement: Placement, dtype: torch.dtype, checksums: ContentChecksums
+) -> torch.Tensor:
     """A tensor that is not quantized: this rank's range, cast to the compute dtype, zeros as padding."""
     total = empty.numel()
     start, end = placement.shard.span(total)
-    stored = weights.read(name, start, end)
+    stored = checksums.weights.read(name, start, end)
     checksums.add(name, stored, start)
     piece = stored.to(dtype)
     if padding := placement.shard.numel(total) - len(piece):
         piece = nn.functional.pad(piece, (0, padding))
-    return placement.parameter(tuple(empty.shape), piece)
+    return piece

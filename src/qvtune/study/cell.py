@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from qvtune.config.adapter import AdapterSection
-from qvtune.config.load import dump_config, load_config
+from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
 from qvtune.errors import Problems, UserError
 from qvtune.study.grid_file import FACTORS, PROJECTIONS, GridFile, read_grid_file
@@ -60,9 +60,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a study, its recipe as resolved, its folder, and what is to be known of the cells."""
+    """The cells of a study, its recipe, its folder, and what is to be known of the cells."""
 
-    recipe: RunConfig
+    recipe: Path
     folder: Path
     cells: list[Cell]
     notes: list[str]
@@ -84,18 +84,17 @@ def read_grid(path: Path, overrides: Sequence[str] = (), rank_of: RankOf = lambd
             problems.found.append(f"{path}: two different cells are called {cell.name}")
     problems.raise_all()
     folder = Path(file.run_dir if file.run_dir is not None and not _sets_folder(overrides) else base.run_dir)
-    return Grid(base, folder, list(found.values()), list(builder.notes))
+    return Grid(builder.recipe, folder, list(found.values()), list(builder.notes))
 
 
 def _sets_folder(overrides: Sequence[str]) -> bool:
     return any(one.startswith("run_dir=") for one in overrides)
 
 
-def dump_grid(grid: Grid) -> str:
-    """The content of STUDY/grid.yaml: the recipe as resolved, and the cells."""
-    cells = [{"name": one.name, "factors": one.factors, "overrides": list(one.overrides)} for one in grid.cells]
-    content = {"recipe": yaml.safe_load(dump_config(grid.recipe)), "cells": cells}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+def dump_cells(cells: Sequence[Cell]) -> str:
+    """The content of STUDY/grid.yaml."""
+    entries = [{"name": one.name, "factors": one.factors, "overrides": list(one.overrides)} for one in cells]
+    return yaml.safe_dump({"cells": entries}, sort_keys=False, allow_unicode=True)
 
 
 def read_cells(study: Path) -> list[Cell]:

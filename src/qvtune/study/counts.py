@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qvtune.config.schema import RunConfig
-from qvtune.errors import naming_setting
+from qvtune.errors import UserError, naming_setting
 from qvtune.model.adapters import HEAD, add_adapters, group_and_factor, trainable
 from qvtune.model.families import FAMILIES, ends_in
 from qvtune.model.head import head_path
@@ -28,6 +28,22 @@ class Counts:
     def adapters(self) -> int:
         """Without the head."""
         return self.groups.total() - self.groups[HEAD]
+
+
+def rank_for(run: RunConfig, parameters: int) -> int:
+    """The rank at which the run's adapter, without a head, has the number of parameters nearest to ``parameters``.
+
+    Raises UserError where that is none: with a rank of 1 it has more than half as many again.
+    """
+    one, two = (
+        count_parameters(run.model_copy(update={"adapter": run.adapter.model_copy(update={"rank": rank})})).adapters
+        for rank in (1, 2)
+    )
+    rank = max(1, round((parameters - one) / (two - one)) + 1)
+    if 2 * one > 3 * parameters:
+        names = " ".join(run.adapter.projections)
+        raise UserError(f"parameters {parameters:,}: projections {names} have {one:,} at rank 1; give more")
+    return rank
 
 
 def count_parameters(run: RunConfig, projections: Sequence[str] | None = None) -> Counts:

@@ -14,6 +14,7 @@ from qvtune.distributed import heartbeat, process_group
 from qvtune.distributed.hang import watched
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
+from qvtune.model.kept import KeptBase
 from qvtune.optim.schedule import multiplier
 from qvtune.report.answers import answers_table
 from qvtune.report.json_lines import JsonLines
@@ -34,7 +35,7 @@ EVAL_ROWS_FILE = "eval_rows.jsonl"
 Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, stop: StopRequest | None = None, kept: KeptBase | None = None) -> int:
     """Train until ``max_steps``, early stopping or a request to stop; collective. Returns the exit code.
 
     A rank that hangs ends all ranks, see qvtune/distributed/hang.py.
@@ -42,15 +43,16 @@ def train(config: RunConfig) -> int:
     The loss of an optimizer step is the sum over its label tokens divided by their number over all micro-batches and
     ranks, so it does not depend on how the rows are split.
 
+    For several runs in one process: ``stop`` handles the signals of all of them (and ``train.max_hours`` is not looked
+    at); ``kept`` keeps the base.
     Raises StopRequested when the request comes before the run folder is opened, when there is nothing to save.
     """
     with watched(Path(config.run_dir) / "logs", config.train.hang_seconds):
-        return _train(config)
+        return _train(config, stop or StopRequest(config.train.max_hours), kept)
 
 
-def _train(config: RunConfig) -> int:
-    stop = StopRequest(config.train.max_hours)
-    run = prepare(config, stop)
+def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
+    run = prepare(config, stop, kept)
     state, max_steps, settings, rows = run.state, run.plan.max_steps, config.train, run.plan.rows
     last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
     run_started, reason = time.monotonic(), "stopped"

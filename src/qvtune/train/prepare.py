@@ -19,6 +19,7 @@ from qvtune.errors import naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import prepare_attention
 from qvtune.model.fingerprint import Fingerprint, require_unchanged
+from qvtune.model.kept import KeptBase
 from qvtune.model.loader import LoadReport, fill, open_base
 from qvtune.model.shard import Whole, ZeroPartition
 from qvtune.model.varlen import VARLEN
@@ -45,15 +46,15 @@ class Run:
     whole: WholeModel | None  # of a run that generates
 
 
-def prepare(config: RunConfig, stop: StopRequest) -> Run:
+def prepare(config: RunConfig, stop: StopRequest, kept: KeptBase | None = None) -> Run:
     """Load the base, add adapters, start DeepSpeed, resume from a checkpoint if there is one; collective.
 
-    Raises UserError and StopRequested, on all ranks, as long as the run folder is untouched.
+    ``kept``: as of ``fill``. Raises UserError and StopRequested, on all ranks, as long as the run folder is untouched.
     """
     with heartbeat.unlimited("checks, downloads and tokenization"):
         planned = preflight(config, process_group.world_size(), poll=stop.poll, poll_alone=stop.poll_alone)
     heartbeat.beat("loading of the base")
-    model, load, content = _load_model(config, planned, stop)
+    model, load, content = _load_model(config, planned, stop, kept)
     stop.poll()
     config = planned.config
     whole = _whole_model(config, planned) if planned.prompts else None
@@ -79,7 +80,9 @@ def _resume_line(resume: Path, planned: Plan, state: TrainerState) -> str:
     return line
 
 
-def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn.Module, LoadReport, Fingerprint]:
+def _load_model(
+    config: RunConfig, planned: Plan, stop: StopRequest, kept: KeptBase | None
+) -> tuple[nn.Module, LoadReport, Fingerprint]:
     head = planned.task.head(config.train.seed, planned.rows)
     prepare_attention(planned.attention, deterministic=config.model.deterministic_attention)
     with naming_setting("model.name_or_path"):
@@ -90,7 +93,7 @@ def _load_model(config: RunConfig, planned: Plan, stop: StopRequest) -> tuple[nn
         placement: ZeroPartition | Whole = ZeroPartition(planned.deepspeed_config, planned.dtype)
     else:
         placement = Whole(process_group.device())
-    load, content = fill(base, placement, planned.dtype, stop.poll)
+    load, content = fill(base, placement, planned.dtype, stop.poll, kept)
     with process_group.raise_on_all_ranks():
         if process_group.is_main():
             if planned.resume is not None:
