@@ -23,12 +23,14 @@ from qvtune.config.load import load_config
 from qvtune.console import command_parser, positive
 from qvtune.distributed.command import run_alone
 from qvtune.study.run import train_grid
+from qvtune.study.submit import ArrayRequest, submit_grid
 from qvtune.system import heavy_imports
 
 GRID = """Train the runs of a grid: projections x method x rank x lambda x learning rate x seed x task.
 
 Example:
   python launch/study.py grid GRID.yaml
+  python launch/study.py grid GRID.yaml --submit 4 --sbatch=--gpus-per-node=8
   python launch/study.py grid GRID.yaml --workers 4 train.max_steps=100 run_dir=studies/short
 
 Each cell of the grid is a run in STUDY/cells/NAME, as launch/train.py makes it; STUDY is run_dir of the grid or of its
@@ -36,7 +38,7 @@ recipe. Workers train one cell after another. The same command resumes; cells th
 GRID.yaml: launch/README.md.
 
 Exit codes:
-  0   all cells are complete
+  0   all cells are complete, or with --submit: submitted
   1   cells have failed, which failed.txt in their folders explains; all others are complete
   2   the grid, its recipe or the command line is wrong; nothing was trained
   75  stopped on request; the same command resumes
@@ -81,6 +83,10 @@ def main() -> int:
     grid.add_argument(
         "--ranks-per-cell", type=positive, default=1, metavar="R", help="ranks that train a cell; default %(default)s"
     )
+    grid.add_argument("--submit", type=positive, metavar="N", help="train on N nodes: a Slurm job array of N tasks")
+    grid.add_argument(
+        "--sbatch", action="append", default=[], metavar="=--OPTION", help="e.g. --sbatch=--gpus-per-node=8; repeatable"
+    )
     grid.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
     )
@@ -105,7 +111,11 @@ def main() -> int:
 
 
 def _grid(options: argparse.Namespace) -> None:
-    train_grid(options.grid, options.overrides, options.workers, options.ranks_per_cell)
+    if options.submit is None:
+        train_grid(options.grid, options.overrides, options.workers, options.ranks_per_cell)
+    else:
+        request = ArrayRequest(options.submit, options.sbatch, options.workers, options.ranks_per_cell)
+        submit_grid(options.grid, options.overrides, request)
 
 
 def _toy(options: argparse.Namespace) -> None:

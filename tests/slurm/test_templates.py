@@ -10,10 +10,11 @@ from tests.support.processes import REPOSITORY
 
 TEMPLATES = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sbatch"))
 OPTIONS = {"train.sbatch": ["--nodes=4", f"--gpus-per-node={GPUS_PER_HOST}"], "sweep.sbatch": ["--array=0-3"]}
+OPTIONS["study.sbatch"] = OPTIONS["sweep.sbatch"]
 
 
 def test_the_templates_are_these() -> None:
-    assert TEMPLATES == ["convert.sbatch", "sweep.sbatch", "sweep_table.sbatch", "train.sbatch"]
+    assert TEMPLATES == ["convert.sbatch", "study.sbatch", "sweep.sbatch", "sweep_table.sbatch", "train.sbatch"]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -28,7 +29,7 @@ def test_outside_the_repository_it_says_where_to_go(site: Site, template: str, t
     script = site.home / "slurm" / template
     options = [*OPTIONS.get(template, []), "--nodes=1", "--output=out.txt"]
     job = site.cluster.sbatch(*options, script, "recipe.yaml", cwd=tmp_path)
-    job = f"{job}_0" if template == "sweep.sbatch" else job
+    job = f"{job}_0" if template in ("study.sbatch", "sweep.sbatch") else job
     done = site.cluster.wait(job, timeout=60)
     assert (done.state, done.code) == ("FAILED", 2), done.story
     assert "submit from the repository's folder" in (tmp_path / "out.txt").read_text()

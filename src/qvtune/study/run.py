@@ -9,6 +9,7 @@ STUDY/recipe.yaml      a copy of the recipe
 
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from qvtune.console import console
+from qvtune.distributed.command import run_alone
 from qvtune.distributed.stop_signals import record_stop_signals, take_recorded
 from qvtune.errors import StopRequested, UserError
 from qvtune.report.metrics import read_metrics
@@ -50,9 +52,8 @@ def run_cells(
     workers have saved and ended.
     """
     record_stop_signals()
-    _open_study(recipe, cells, study)
-    if "SLURM_ARRAY_JOB_ID" not in os.environ:  # whose tasks share the folder: launch/study.py --submit has done it
-        retry_failed(study, cells)
+    if not _in_array():  # its tasks share the folder, which `submit` has prepared
+        open_study(recipe, cells, study)
     return _Coordinator(study, list(cells), shares(workers, ranks_per_cell, len(cells))).run()
 
 
@@ -61,11 +62,16 @@ def train_grid(path: Path, overrides: Sequence[str], workers: int | None = None,
     grid = grid_with_ranks(path, overrides)
     for note in grid.notes:
         console().print(note, markup=False, soft_wrap=True)
-    failed = run_cells(grid.recipe, grid.cells, grid.folder, workers=workers, ranks_per_cell=ranks_per_cell)
+    _train_all(grid.recipe, grid.cells, grid.folder, workers, ranks_per_cell)
+
+
+def _train_all(recipe: Path, cells: Sequence[Cell], study: Path, workers: int | None, ranks_per_cell: int) -> None:
+    failed = run_cells(recipe, cells, study, workers=workers, ranks_per_cell=ranks_per_cell)
     if failed:
         which = ", ".join(failed)
-        raise CellsFailedError(f"{len(failed)} of {len(grid.cells)} cells have failed (cells/NAME/{FAILED}): {which}")
-    console().print(f"{grid.folder}: all {len(grid.cells)} cells are complete", markup=False, soft_wrap=True)
+        raise CellsFailedError(f"{len(failed)} of {len(cells)} cells have failed (cells/NAME/{FAILED}): {which}")
+    what = "no cell is left for this task" if _in_array() else f"all {len(cells)} cells are complete"
+    console().print(f"{study}: {what}", markup=False, soft_wrap=True)
 
 
 def grid_with_ranks(path: Path, overrides: Sequence[str]) -> Grid:
@@ -78,14 +84,12 @@ def grid_with_ranks(path: Path, overrides: Sequence[str]) -> Grid:
     return read_grid(path, overrides, rank_for)
 
 
-def retry_failed(study: Path, cells: Sequence[Cell]) -> None:
-    """Forget that cells have failed."""
-    for cell in cells:
-        (cell_folder(study, cell) / FAILED).unlink(missing_ok=True)
+def _in_array() -> bool:
+    return "SLURM_ARRAY_JOB_ID" in os.environ
 
 
-def _open_study(recipe: Path, cells: Sequence[Cell], study: Path) -> None:
-    """Write recipe.yaml and grid.yaml, or compare them with what is there."""
+def open_study(recipe: Path, cells: Sequence[Cell], study: Path) -> None:
+    """Write recipe.yaml and grid.yaml, or compare them with what is there; forget that cells have failed."""
     if (study / GRID_FILE).exists():
         problems = []
         if _content(study / RECIPE) != _content(recipe):
@@ -101,6 +105,8 @@ def _open_study(recipe: Path, cells: Sequence[Cell], study: Path) -> None:
         shutil.copyfile(recipe, private)
     with atomic_file(study / GRID_FILE) as private:
         private.write_text(dump_cells(cells), encoding="utf-8")
+    for cell in cells:
+        (cell_folder(study, cell) / FAILED).unlink(missing_ok=True)
 
 
 def _content(path: Path) -> object:
@@ -125,7 +131,7 @@ class _Coordinator:
             self._say(f"{num_open} of {len(self._cells)} cells to train, {len(places)} workers")
             with self._started(places) as workers:
                 self._watch(workers)
-            is_left = "SLURM_ARRAY_JOB_ID" not in os.environ and self._await_others()
+            is_left = not _in_array() and self._await_others()
         return [name for name, cell in self._cells.items() if (cell_folder(self._study, cell) / FAILED).exists()]
 
     def _open(self) -> list[str]:
@@ -238,3 +244,15 @@ def _duration(seconds: float) -> str:
         if seconds < 6000
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """For slurm/study.sbatch: STUDY [RANKS_PER_CELL [WORKERS]]; the study's folder has been prepared."""
+    study = Path(arguments[0])
+    ranks_per_cell = int(arguments[1]) if len(arguments) > 1 else 1
+    workers = int(arguments[2]) if len(arguments) > 2 else None
+    return run_alone(lambda: _train_all(study / RECIPE, read_cells(study), study, workers, ranks_per_cell))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

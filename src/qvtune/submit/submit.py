@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +90,7 @@ def submit(request: Request) -> None:
     problems.raise_all()
     assert run is not None
     run_dir = Path(run.run_dir).absolute()
-    frozen = _new_name(run_dir / "submitted")
+    frozen = new_name(run_dir / "submitted")
     command = _command(request, frozen)
     out = console()
     for line in _estimates(run, request):
@@ -99,7 +99,7 @@ def submit(request: Request) -> None:
     if request.dry_run:
         out.print("not submitted: --dry-run", markup=False)
         return
-    with _all_or_nothing(frozen):
+    with all_or_nothing(frozen):
         freeze(run, frozen, request, command)
         job = _sbatch(command, request, frozen)
     for line in _what_now(job, run_dir):
@@ -113,16 +113,22 @@ def _request_problems(request: Request) -> list[str]:
         problems.append("--nodes must be at least 1, and --gpus-per-node too, or else --procs-per-node")
     if request.gpu is not None and not request.on_gpus:
         problems.append(f"--gpu {request.gpu}: all ranks run on CPUs; give --gpus-per-node, or leave it out")
-    for option in request.sbatch:
+    return problems + sbatch_problems(request.sbatch, dry_run=request.dry_run)
+
+
+def sbatch_problems(options: Sequence[str], *, dry_run: bool = False) -> list[str]:
+    """What is wrong with options of sbatch, and with this machine unless it is a ``dry_run``."""
+    problems = []
+    for option in options:
         if not option.startswith("-"):
             problems.append(f"--sbatch={option}: not an option of sbatch; write --sbatch=--name=value")
         elif option.startswith("--export"):
             problems.append(f"--sbatch={option}: the job needs the variables of this command; use slurm/cluster.env")
     if "SBATCH_EXPORT" in os.environ:
         problems.append("SBATCH_EXPORT is set: the job needs the variables of this command; unset it")
-    if not request.dry_run and shutil.which("sbatch") is None:
+    if not dry_run and shutil.which("sbatch") is None:
         problems.append("sbatch is not on PATH: submit from a login node of the cluster, or use --dry-run")
-    if not request.dry_run and not _settings_file().is_file():
+    if not dry_run and not _settings_file().is_file():
         problems.append(
             f"{_settings_file()} does not exist: cp slurm/cluster.env.example slurm/cluster.env, and edit it"
         )
@@ -195,14 +201,15 @@ def _check_this_machine(run: RunConfig, world_size: int, plan: "Plan | None") ->
         raise UserError(failed)
 
 
-def _new_name(folder: Path) -> Path:
+def new_name(folder: Path) -> Path:
+    """A path in ``folder`` that is not taken, named after the time."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     names = [stamp, *(f"{stamp}-{number}" for number in range(1, 1000))]
     return next(folder / name for name in names if not (folder / name).exists())
 
 
 @contextmanager
-def _all_or_nothing(path: Path) -> Iterator[None]:
+def all_or_nothing(path: Path) -> Iterator[None]:
     """If the block fails, remove ``path`` and the parent folders that were made for it."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -216,14 +223,19 @@ def _all_or_nothing(path: Path) -> Iterator[None]:
 def freeze(run: RunConfig, frozen: Path, request: Request, command: Sequence[str]) -> None:
     """Copy code, configuration and DeepSpeed JSON into a new folder ``frozen``, with a record of commit and command."""
     with atomic_folder(frozen) as private:
-        for name in _CODE:
-            shutil.copytree(repository() / name, private / name, ignore=_NOT_CODE)
+        copy_code(private)
         shutil.copyfile(find_json(run.deepspeed), private / "deepspeed.json")
         as_run = run.model_copy(update={"deepspeed": str(frozen / "deepspeed.json")})
         (private / "config.yaml").write_text(dump_config(as_run), encoding="utf-8")
-        (private / versions.COMMIT_FILE).write_text(f"{versions.commit() or ''}\n", encoding="utf-8")
         record = {"recipe": str(request.config), "overrides": list(request.overrides), "command": list(command)}
         write_json(private / "submission.json", {**record, "folder": os.getcwd(), "commit": versions.commit()})
+
+
+def copy_code(folder: Path) -> None:
+    """Copy what a job runs, with the commit, into a folder."""
+    for name in _CODE:
+        shutil.copytree(repository() / name, folder / name, ignore=_NOT_CODE)
+    (folder / versions.COMMIT_FILE).write_text(f"{versions.commit() or ''}\n", encoding="utf-8")
 
 
 def _command(request: Request, frozen: Path) -> list[str]:
@@ -238,7 +250,11 @@ def _command(request: Request, frozen: Path) -> list[str]:
 
 def _sbatch(command: Sequence[str], request: Request, frozen: Path) -> str:
     """Submit and return the job id. Raises UserError with the message of sbatch."""
-    environment = {**_job_environment(request), "QVTUNE_HOME": str(frozen)}
+    return call_sbatch(command, {**_job_environment(request), "QVTUNE_HOME": str(frozen)})
+
+
+def call_sbatch(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Call sbatch --parsable; returns the job's id. Raises UserError with the message of sbatch."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(done.stderr.strip() or f"sbatch: exit code {done.returncode}")
