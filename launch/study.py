@@ -5,6 +5,7 @@ Example:
   python launch/study.py grid GRID.yaml
   python launch/study.py toy --output studies/toy
   python launch/study.py bounds launch/recipes/glue_sst2.yaml
+  python launch/study.py table studies/glue
 
 `python launch/study.py COMMAND --help` explains a command.
 
@@ -16,12 +17,15 @@ Exit codes:
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from qvtune.config.load import load_config
 from qvtune.console import command_parser, positive
 from qvtune.distributed.command import run_alone
+from qvtune.study.cell import read_cells
+from qvtune.study.extra import require_extra
 from qvtune.study.run import train_grid
 from qvtune.study.submit import ArrayRequest, submit_grid
 from qvtune.system import heavy_imports
@@ -72,6 +76,22 @@ Exit codes:
   2  the recipe, the data or the command line is wrong
 """
 
+TABLE = """Write the tables and figures of a study into its folder: report.html, report.md, tables/*.csv, figures/*.
+
+Example:
+  python launch/study.py table studies/glue
+  python launch/study.py table studies/glue --target-loss 0.4
+  python launch/study.py table studies/glue --target-loss sst2=0.25 --target-loss mrpc=0.5
+
+From the folders of its cells alone, whatever their state: failed cells are shown with their reason, others as missing.
+The same folder gives the same bytes. Results in the layout of the paper's Table 2, lambda against lambda = 1 with
+intervals, projections at equal rank and equal parameter count, heat maps of both rates, speed, forgetting.
+
+Exit codes:
+  0  written
+  2  the folder is no study, or the command line is wrong; nothing was written
+"""
+
 
 def main() -> int:
     """Parse the command line and run a command."""
@@ -104,6 +124,17 @@ def main() -> int:
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
     )
     bounds.set_defaults(execute=_bounds)
+    table = commands.add_parser("table", help="tables and figures of a study", documentation=TABLE)
+    table.add_argument("study", type=Path, metavar="STUDY", help="the folder of a study")
+    table.add_argument(
+        "--target-loss",
+        type=_target,
+        action="append",
+        default=[],
+        metavar="[TASK=]LOSS",
+        help="count steps and seconds to this loss; default: the final loss of lambda = 1",
+    )
+    table.set_defaults(execute=_table)
     name, *words = sys.argv[1:] or [""]
     # Options may stand between overrides, which argparse does not allow below another parser.
     options = commands.choices[name].parse_intermixed_args(words) if name in commands.choices else parser.parse_args()
@@ -129,6 +160,22 @@ def _bounds(options: argparse.Namespace) -> None:
     with heavy_imports():
         from qvtune.study.bounds_report import print_bounds
     print_bounds(run, options.rows, options.bits, options.run)
+
+
+def _table(options: argparse.Namespace) -> None:
+    require_extra("matplotlib")
+    read_cells(options.study)
+    with heavy_imports():
+        from qvtune.study.report import write_report
+    write_report(options.study, dict(options.target_loss))
+
+
+def _target(text: str) -> tuple[str, float]:
+    """``sst2=0.25``, or ``0.25`` for every task, whose name is then empty."""
+    task, _, loss = text.rpartition("=")
+    if not re.fullmatch(r"\d*\.?\d+([eE]-?\d+)?", loss):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a loss, as 0.25, or a loss of a task, as sst2=0.25")
+    return task, float(loss)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,10 @@ def test_it_resumes_exactly(lab: Lab, cell: Cell) -> None:
     for file in files:
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
     assert [entry["world_size"] for entry in lab.events(on_three, "run_start")] == [2, 3]
+    (weights,) = (file for file in files if file != "optimizer.safetensors")
+    count = sum(tensor.numel() for tensor in load_file(folders[0] / weights).values())
+    starts = lab.events(on_three, "run_start")
+    assert [sum(entry["trained_parameters"].values()) for entry in starts] == [count, count]
     assert lab.losses(on_three) == pytest.approx(lab.losses(whole), rel=ROUNDING)
     assert lab.grad_norms(on_three) == pytest.approx(lab.grad_norms(whole), rel=1e-4)
 

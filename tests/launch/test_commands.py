@@ -12,7 +12,7 @@ import pytest
 from tests.support.processes import REPOSITORY
 
 COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
-PARTS = {"study": ("grid", "toy", "bounds")}  # of a command whose first argument says what it does
+PARTS = {"study": ("grid", "toy", "bounds", "table")}  # of a command whose first argument says what it does
 HELPS = [(path, part) for path in COMMANDS for part in ("", *PARTS.get(path.stem, ()))]
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 # Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
@@ -53,6 +53,8 @@ WRONG = {
         (["toy", "--output={folder}/out", "--seeds=0"], "--seeds: '0' is not a whole number > 0"),
         (["toy"], "the following arguments are required: --output"),
         (["bounds", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
+        (["table", "{folder}"], "is no study; give a folder whose grid.yaml"),
+        (["table", "{folder}", "--target-loss=low"], "--target-loss: 'low' is not a loss, as 0.25"),
         (["bounds", "{recipe}", "--rows=many"], "--rows: 'many' is not a whole number > 0"),
     ],
     "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],

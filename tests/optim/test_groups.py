@@ -10,7 +10,7 @@ from torch import nn
 
 from qvtune.config.schema import OptimizerSection
 from qvtune.errors import UserError
-from qvtune.optim.groups import assert_multipliers, groups_table, parameter_groups
+from qvtune.optim.groups import assert_multipliers, count_trained, groups_table, parameter_groups
 
 
 def parameters(letters: str = "qv", num_layers: int = 3) -> list[tuple[str, nn.Parameter]]:
@@ -255,3 +255,10 @@ def test_the_table_shows_count_rate_and_decay() -> None:
         ["1", "4", "1", "1"],
         ["0", "0", "0.5", "0"],
     ]
+
+
+def test_trained_parameters_are_counted_by_projection_and_head() -> None:
+    partitioned = nn.Parameter(torch.zeros(0))
+    partitioned.ds_numel = 60  # type: ignore[attr-defined]  # as ZeRO-3 does
+    name = "base_model.model.model.layers.9.self_attn.k_proj.lora_A.default.weight"
+    assert count_trained([*with_head(), (name, partitioned)]) == {"q": 6, "v": 6, "head": 20, "k": 60}

@@ -1,6 +1,7 @@
 """Parameter groups with learning-rate multipliers: eta_V = lambda * eta_QK of arXiv 2410.02247."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -56,6 +57,14 @@ def parameter_groups(
     for group in groups.values():
         group["lr"] = group["initial_lr"] = optimizer.lr * group["multiplier"]
     return list(groups.values())
+
+
+def count_trained(parameters: Iterable[tuple[str, nn.Parameter]]) -> Counter[str]:
+    """Projection, or head -> elements of its parameters, whole also where ZeRO-3 has a part of them here."""
+    counts: Counter[str] = Counter()
+    for name, parameter in parameters:
+        counts[group_and_factor(name)[0]] += getattr(parameter, "ds_numel", parameter.numel())
+    return counts
 
 
 def _weight_decay(letter: str, name: str, optimizer: OptimizerSection) -> float:

@@ -9,10 +9,11 @@ import torch
 
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError, naming_setting
-from qvtune.model.adapters import HEAD, add_adapters, group_and_factor, trainable
+from qvtune.model.adapters import HEAD, add_adapters, trainable
 from qvtune.model.families import FAMILIES, ends_in
 from qvtune.model.head import head_path
 from qvtune.model.skeleton import plain_skeleton, read_model_config
+from qvtune.optim.groups import count_trained
 from qvtune.plan.plan import config_folder
 from qvtune.tasks import get_task
 
@@ -64,7 +65,4 @@ def count_parameters(run: RunConfig, projections: Sequence[str] | None = None) -
     }
     new_modules = () if head is None else (head_path(model),)
     model = add_adapters(model.requires_grad_(False), adapter, str(folder), 0, task.peft_task_type, new_modules)
-    groups: Counter[str] = Counter()
-    for name, parameter in trainable(model):
-        groups[group_and_factor(name)[0]] += parameter.numel()
-    return Counts(groups, shapes)
+    return Counts(count_trained(trainable(model)), shapes)

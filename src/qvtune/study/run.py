@@ -25,6 +25,7 @@ from qvtune.errors import StopRequested, UserError
 from qvtune.report.metrics import read_metrics
 from qvtune.storage.atomic import atomic_file
 from qvtune.study.cell import GRID_FILE, Cell, Grid, cell_folder, dump_cells, read_cells, read_grid
+from qvtune.study.extra import require_extra
 from qvtune.study.processes import Share, Worker, shares
 from qvtune.study.worker import FAILED, RECIPE, claim, is_open, write_failure
 from qvtune.system import heavy_imports
@@ -58,7 +59,8 @@ def run_cells(
 
 
 def train_grid(path: Path, overrides: Sequence[str], workers: int | None = None, ranks_per_cell: int = 1) -> None:
-    """``run_cells`` for the grid in a file. Raises CellsFailedError as well."""
+    """``run_cells`` for the grid in a file, and the report of its study. Raises CellsFailedError as well."""
+    require_extra("matplotlib")
     grid = grid_with_ranks(path, overrides)
     for note in grid.notes:
         console().print(note, markup=False, soft_wrap=True)
@@ -66,7 +68,11 @@ def train_grid(path: Path, overrides: Sequence[str], workers: int | None = None,
 
 
 def _train_all(recipe: Path, cells: Sequence[Cell], study: Path, workers: int | None, ranks_per_cell: int) -> None:
+    """And write the report."""
     failed = run_cells(recipe, cells, study, workers=workers, ranks_per_cell=ranks_per_cell)
+    with heavy_imports():
+        from qvtune.study.report import write_report
+    write_report(study)
     if failed:
         which = ", ".join(failed)
         raise CellsFailedError(f"{len(failed)} of {len(cells)} cells have failed (cells/NAME/{FAILED}): {which}")

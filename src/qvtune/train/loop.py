@@ -14,7 +14,9 @@ from qvtune.distributed import heartbeat, process_group
 from qvtune.distributed.hang import watched
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
+from qvtune.model.adapters import trainable
 from qvtune.model.kept import KeptBase
+from qvtune.optim.groups import count_trained
 from qvtune.optim.schedule import multiplier
 from qvtune.report.answers import answers_table
 from qvtune.report.json_lines import JsonLines
@@ -108,7 +110,8 @@ def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
 def _record_start(run: Run, record: Record) -> None:
     counts = {"step": run.state.step, "max_steps": run.plan.max_steps, "world_size": process_group.world_size()}
     damaged = {"damaged_checkpoints": run.damaged} if run.damaged else {}
-    record("run_start", **counts, resumed_from=str(run.resume or ""), **damaged)
+    trained = dict(count_trained(trainable(run.engine.module)))
+    record("run_start", **counts, resumed_from=str(run.resume or ""), trained_parameters=trained, **damaged)
     record("base_loaded", **_largest(vars(run.load)))
 
 
