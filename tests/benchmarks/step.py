@@ -27,7 +27,6 @@ from qvtune.data.batch import padding_token
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
 from qvtune.train.data import TRAIN, load_data, row_order
-from qvtune.versions import repository
 from tests.support.processes import Finished, run_ranks
 
 WAYS = ("ours", "trl")
@@ -92,7 +91,6 @@ def prepare(arguments: argparse.Namespace, model: Path) -> Settings:
         "max_length": arguments.max_length,
         "steps": WARM_UP + arguments.steps,
         "checkpointing": arguments.checkpointing,
-        "deepspeed": str(repository() / "ds_configs" / "zero3.json"),
     }
     settings["tokens"] = write_packed(settings, arguments.ranks)
     return settings
@@ -140,8 +138,11 @@ def measure(settings: Settings, num_ranks: int, folder: Path) -> dict[str, dict[
     for way in WAYS:
         ranks = [json.loads((folder / way / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
         peaks = {name: max(rank[name] for rank in ranks) for name in ranks[0] if name.startswith("peak")}
-        seconds = [max(of_step) for of_step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
-        found[way] = {"seconds": seconds, "losses": ranks[0]["losses"], **peaks}
+        slowest = {
+            name: [max(of_step) for of_step in zip(*(rank[name] for rank in ranks), strict=True)]
+            for name in ("seconds", "cpu_seconds")
+        }
+        found[way] = {**slowest, "losses": ranks[0]["losses"], **peaks}
     return found
 
 
@@ -152,6 +153,7 @@ def take_turns(folder: Path, runs: dict[str, Future[list[Finished]]], steps: int
             (folder / way / f"go-{step}").touch()
             while not (folder / way / f"done-{step}").exists():
                 if any(run.done() and any(end.code for end in run.result()) for run in runs.values()):
+                    (folder / "failed").touch()  # nobody waits for a turn any more
                     return
                 time.sleep(0.01)
 
@@ -159,7 +161,16 @@ def take_turns(folder: Path, runs: dict[str, Future[list[Finished]]], steps: int
 def table(title: str, settings: Settings, found: dict[str, dict[str, Any]]) -> Table:
     """One line for each way, and one for their ratios: the median of the steps' own ratios."""
     shown = Table(title=title)
-    for heading in ("", "tokens/s", "s a step (median)", "peak RSS, MiB", "before the steps", "GPU, MiB", "first loss"):
+    for heading in (
+        "",
+        "tokens/s",
+        "s a step (median)",
+        "CPU s",
+        "peak RSS, MiB",
+        "before the steps",
+        "GPU, MiB",
+        "first loss",
+    ):
         shown.add_column(heading, justify="right" if heading else "left")
     tokens = sum(settings["tokens"][WARM_UP:])
     speeds = {}
@@ -167,7 +178,8 @@ def table(title: str, settings: Settings, found: dict[str, dict[str, Any]]) -> T
         counted = one["seconds"][WARM_UP:]
         speeds[way] = tokens / sum(counted)
         peaks = [one[name] / 2**20 for name in ("peak_rss_bytes", "peak_before_steps", "peak_device_bytes")]
-        cells = [f"{speeds[way]:.1f}", f"{median(counted):.2f}", *(f"{peak:,.0f}" for peak in peaks)]
+        cpu = median(one["cpu_seconds"][WARM_UP:])
+        cells = [f"{speeds[way]:.1f}", f"{median(counted):.2f}", f"{cpu:.2f}", *(f"{peak:,.0f}" for peak in peaks)]
         shown.add_row(way, *cells, f"{one['losses'][0]:.6f}")
     shown.add_row("ours / trl", *_ratios(speeds, found))
     return shown

@@ -18,6 +18,23 @@ from qvtune.config.schema import RunConfig
 from qvtune.distributed import process_group
 from qvtune.system import peak_rss_bytes
 
+# As in the documentation of transformers and TRL.
+ZERO_3 = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+}
+
 
 class Turns:
     """Seconds and losses of the steps that this rank was let do."""
@@ -25,6 +42,7 @@ class Turns:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_before_steps = 0
 
@@ -33,12 +51,15 @@ class Turns:
         """Wait until it is this step's turn; it ends when all ranks have done it."""
         number = len(self.seconds)
         while not (self._folder / f"go-{number}").exists():
+            if (self._folder.parent / "failed").exists():
+                raise SystemExit("the other run has failed")
             time.sleep(0.01)
         self.peak_before_steps = self.peak_before_steps or peak_rss_bytes()
         process_group.barrier()
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         yield
         process_group.barrier()
+        self.cpu_seconds.append(time.process_time() - cpu_started)
         self.seconds.append(time.monotonic() - started)
         if process_group.is_main():
             (self._folder / f"done-{number}").touch()
@@ -105,7 +126,7 @@ def trl(settings: dict[str, Any], folder: Path, turns: Turns) -> None:
     dtype = getattr(torch, settings["dtype"])
     config = SFTConfig(
         output_dir=str(folder / "trl"),
-        deepspeed=json.loads(Path(settings["deepspeed"]).read_text()),
+        deepspeed=ZERO_3,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         max_steps=settings["steps"],
@@ -152,8 +173,14 @@ def main() -> None:
     process_group.start()
     {"ours": ours, "trl": trl}[way](settings, folder, turns)
     device_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    result = {"seconds": turns.seconds, "losses": turns.losses, "peak_rss_bytes": peak_rss_bytes()}
-    result |= {"peak_before_steps": turns.peak_before_steps, "peak_device_bytes": device_peak}
+    result = {
+        "seconds": turns.seconds,
+        "cpu_seconds": turns.cpu_seconds,
+        "losses": turns.losses,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_before_steps": turns.peak_before_steps,
+        "peak_device_bytes": device_peak,
+    }
     (folder / f"rank-{process_group.rank()}.json").write_text(json.dumps(result))
     process_group.stop()
 

@@ -22,6 +22,7 @@ Results = list[dict[str, Any]]  # of each rank: name of the job -> what it retur
 EQUIVALENT: dict[str, dict[str, Any]] = {
     "micro_batch": {"train__micro_batch_size": 3},
     "activation_checkpointing": {"train__activation_checkpointing": True},
+    "sdpa": {"model__attention": "sdpa"},  # elsewhere it is what `auto` takes on a CPU, varlen
     "zero2": {"deepspeed": "zero2.json"},
     "zero3_offload": {"deepspeed": "zero3_offload.json"},
 }
@@ -99,63 +100,69 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     add_encoders(lab)
     quantize(lab.folder / "model", lab.folder / "nf4")
     shutil.copytree(lab.folder / "model", lab.folder / "other")
-    hpz = json.loads((repository() / "ds_configs" / "zero3_hpz.json").read_text())
-    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2  # both ranks are one node
-    (lab.folder / "zero3_hpz.json").write_text(json.dumps(hpz))
+    for num_ranks in (2, 3):  # which are one node
+        hpz = json.loads((repository() / "ds_configs" / "zero3_hpz.json").read_text())
+        hpz["zero_optimization"]["zero_hpz_partition_size"] = num_ranks
+        hpz_json(lab, num_ranks).write_text(json.dumps(hpz))
     return lab
+
+
+def hpz_json(lab: Lab, num_ranks: int) -> Path:
+    """The DeepSpeed configuration with hpZ on one node of so many ranks."""
+    return lab.folder / f"zero3_hpz_{num_ranks}.json"
 
 
 @pytest.fixture(scope="session")
 def one(lab: Lab) -> Results:
     """1 rank."""
     jobs = [
-        _base(lab, "one-base"),
-        _base(lab, "one-unquantized", model__quantization="none"),
-        _train(lab, "one"),
-        _train(lab, "one-micro_batch", train__micro_batch_size=2),
-        _train(lab, "full-on-one", **FULL),
-        _train(lab, "mixture-on-one", **mixture(lab, 0.5, 0.3, 0.2)),
+        base(lab, "one-base"),
+        base(lab, "one-unquantized", model__quantization="none"),
+        train(lab, "one"),
+        train(lab, "one-micro_batch", train__micro_batch_size=2),
+        train(lab, "full-on-one", **FULL),
+        train(lab, "mixture-on-one", **mixture(lab, 0.5, 0.3, 0.2)),
         *_classifiers(lab, "on-one"),
     ]
-    return _launch(lab, "one", 1, jobs)
+    return launch(lab, "one", 1, jobs)
 
 
 @pytest.fixture(scope="session")
 def two(lab: Lab) -> Results:
     """2 ranks; the last job kills them with signal 9."""
     jobs = [
-        _base(lab, "two-base"),
-        _base(lab, "two-unquantized", model__quantization="none"),
+        base(lab, "two-base"),
+        base(lab, "two-unquantized", model__quantization="none"),
         _evaluated(lab, "plain"),
-        *(_train(lab, name, **changes) for name, changes in EQUIVALENT.items()),
-        _train(lab, "zero3_hpz", deepspeed=str(lab.folder / "zero3_hpz.json")),
-        {**_train(lab, "varlen"), "attention": VARLEN},
-        {**_train(lab, "leaking"), "attention": LEAKING, "error": "RuntimeError"},
-        _train(lab, "rates", **_rates()),
-        {**_train(lab, "rare", **_rare(lab)), "error": "RuntimeError", "unchecked_base": True},
-        {**_train(lab, "poisoned", model__name_or_path=str(lab.folder / "poisoned")), "error": "UserError"},
-        _train(lab, "nf4_folder", model__name_or_path=str(lab.folder / "nf4")),
-        _train(lab, "other_base", model__name_or_path=str(lab.folder / "other"), **STOP),
-        _train(lab, "dropout", **DROPOUT),
-        _train(lab, "stopped", **STOP),
-        _train(lab, "stopped-dropout", **STOP, **DROPOUT),
-        _train(lab, "stopped-zero2", **STOP, **ZERO2),
+        *(train(lab, name, **changes) for name, changes in EQUIVALENT.items()),
+        train(lab, "zero3_hpz", deepspeed=str(hpz_json(lab, 2))),
+        {**train(lab, "varlen"), "attention": VARLEN},
+        {**train(lab, "leaking"), "attention": LEAKING, "error": "RuntimeError"},
+        train(lab, "rates", **_rates()),
+        {**train(lab, "rare", **_rare(lab)), "error": "RuntimeError", "unchecked_base": True},
+        {**train(lab, "poisoned", model__name_or_path=str(lab.folder / "poisoned")), "error": "UserError"},
+        train(lab, "nf4_folder", model__name_or_path=str(lab.folder / "nf4")),
+        train(lab, "other_base", model__name_or_path=str(lab.folder / "other"), **STOP),
+        train(lab, "dropout", **DROPOUT),
+        train(lab, "stopped", **STOP),
+        train(lab, "stopped-dropout", **STOP, **DROPOUT),
+        train(lab, "stopped-zero2", **STOP, **ZERO2),
         *({**_evaluated(lab, name, **changes), "signal_at": when} for name, (when, changes, _) in TERMINATED.items()),
         *(
             {
-                **_train(lab, name, **UNSEEN_ROWS),
+                **train(lab, name, **UNSEEN_ROWS),
                 "signal_at": {**when, "number": signal.SIGUSR1, "to": 1},
                 "error": "StopRequested",
             }
             for name, when in TERMINATED_EARLY.items()
         ),
-        _train(lab, "mixture", **mixture(lab, 0.5, 0.3, 0.2)),
-        _train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.3, 0.2), **STOP),
+        train(lab, "mixture", **mixture(lab, 0.5, 0.3, 0.2)),
+        train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.3, 0.2), **STOP),
         _evaluated(lab, "full", **FULL),
-        _train(lab, "full-zero2", **FULL, **ZERO2),
-        _train(lab, "full-unquantized", **FULL, model__quantization="none"),
-        _train(lab, "stopped-full", **FULL, **STOP),
-        _train(lab, "stopped-full-zero2", **FULL, **ZERO2, **STOP),
+        train(lab, "full-zero2", **FULL, **ZERO2),
+        train(lab, "full-unquantized", **FULL, model__quantization="none"),
+        train(lab, "stopped-full", **FULL, **STOP),
+        train(lab, "stopped-full-zero2", **FULL, **ZERO2, **STOP),
         *_classifiers(lab, "on-two"),
         _classifier(lab, "bert", "zero2", **ZERO2),
         _classifier(lab, "bert", "full", **FULL),
@@ -166,7 +173,7 @@ def two(lab: Lab) -> Results:
             "signal_at": {"function": "qvtune.train.loop._set_learning_rates", "nth": 5, "number": signal.SIGKILL},
         },
     ]
-    results = _launch(lab, "two", 2, jobs, unfinished=["killed"])
+    results = launch(lab, "two", 2, jobs, unfinished=["killed"])
     change_one_weight(lab.folder / "other" / "model.safetensors")
     damaged_copy(lab.run_dir("killed") / "checkpoints", step=3)
     for copy in ("refused", "stopped-on-three"):
@@ -181,40 +188,40 @@ def two(lab: Lab) -> Results:
 def two_later(lab: Lab, two: Results) -> Results:
     """2 ranks in new processes, where the stopped and the killed runs go on."""
     jobs = [
-        _train(lab, "again"),
-        {**_train(lab, "refused", optimizer__lr=1.0, adapter__projections=["q", "v", "o"]), "error": "UserError"},
-        {**_train(lab, "other_base", model__name_or_path=str(lab.folder / "other")), "error": "UserError"},
-        _train(lab, "stopped"),
-        _train(lab, "stopped-dropout", **DROPOUT),
-        _train(lab, "stopped-zero2", **ZERO2),
+        train(lab, "again"),
+        {**train(lab, "refused", optimizer__lr=1.0, adapter__projections=["q", "v", "o"]), "error": "UserError"},
+        {**train(lab, "other_base", model__name_or_path=str(lab.folder / "other")), "error": "UserError"},
+        train(lab, "stopped"),
+        train(lab, "stopped-dropout", **DROPOUT),
+        train(lab, "stopped-zero2", **ZERO2),
         *(_evaluated(lab, name, **changes) for name, (_, changes, _) in TERMINATED.items()),
-        *(_train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
-        {**_train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.2, 0.3)), "error": "UserError"},
-        {**_train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.3, 0.2)), "name": "mixture-continued"},
-        _train(lab, "stopped-full", **FULL),
+        *(train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
+        {**train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.2, 0.3)), "error": "UserError"},
+        {**train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.3, 0.2)), "name": "mixture-continued"},
+        train(lab, "stopped-full", **FULL),
         _classifier(lab, "bert", "stopped"),
         _classifier(lab, "bert", "early", **EARLY),
         _killed(lab),
         *_shares(lab, 2),
     ]
-    return _launch(lab, "two_later", 2, jobs)
+    return launch(lab, "two_later", 2, jobs)
 
 
 @pytest.fixture(scope="session")
 def three(lab: Lab, two: Results) -> Results:
     """3 ranks, among which nothing divides evenly."""
     jobs = [
-        _base(lab, "three-base"),
-        _base(lab, "three-unquantized", model__quantization="none"),
-        _train(lab, "three"),
-        _train(lab, "stopped-on-three"),
-        _train(lab, "full-on-three", **FULL),
-        _train(lab, "mixture-on-three", **mixture(lab, 0.5, 0.3, 0.2)),
+        base(lab, "three-base"),
+        base(lab, "three-unquantized", model__quantization="none"),
+        train(lab, "three"),
+        train(lab, "stopped-on-three"),
+        train(lab, "full-on-three", **FULL),
+        train(lab, "mixture-on-three", **mixture(lab, 0.5, 0.3, 0.2)),
         *_classifiers(lab, "on-three"),
         _classifier(lab, "bert", "stopped-on-three"),
         *_shares(lab, 3),
     ]
-    return _launch(lab, "three", 3, jobs)
+    return launch(lab, "three", 3, jobs)
 
 
 def damaged_copy(checkpoints: Path, step: int) -> None:
@@ -223,11 +230,11 @@ def damaged_copy(checkpoints: Path, step: int) -> None:
     flip_a_bit(newer / "optimizer.safetensors")
 
 
-def _base(lab: Lab, name: str, **changes: Any) -> Job:
+def base(lab: Lab, name: str, **changes: Any) -> Job:
     return {"name": name, "do": "base", "config": lab.config(name, **changes)}
 
 
-def _train(lab: Lab, name: str, **changes: Any) -> Job:
+def train(lab: Lab, name: str, **changes: Any) -> Job:
     return {"name": name, "do": "train", "config": lab.config(name, **changes)}
 
 
@@ -237,7 +244,7 @@ def _shares(lab: Lab, num_ranks: int) -> list[Job]:
 
 
 def _evaluated(lab: Lab, name: str, **changes: Any) -> Job:
-    return _train(lab, name, data__eval=str(lab.folder / "eval.jsonl"), train__eval_every=2, **changes)
+    return train(lab, name, data__eval=str(lab.folder / "eval.jsonl"), train__eval_every=2, **changes)
 
 
 def _classifiers(lab: Lab, suffix: str) -> list[Job]:
@@ -247,13 +254,13 @@ def _classifiers(lab: Lab, suffix: str) -> list[Job]:
 def _classifier(lab: Lab, name: str, suffix: str, **more: Any) -> Job:
     family, kind, changes, _ = CLASSIFIERS[name]
     rows = {"train__eval_rows": True}
-    return _train(lab, f"{name}-{suffix}", **classifier(lab, family, kind), **rows, **changes, **more)
+    return train(lab, f"{name}-{suffix}", **classifier(lab, family, kind), **rows, **changes, **more)
 
 
 def _killed(lab: Lab) -> Job:
     """A classifier: its head and the head's moments are in its checkpoints, beside those of the adapter."""
     every = {"train__save_every": 3, "train__eval_every": 1, "train__eval_rows": True}
-    return _train(lab, "killed", **classifier(lab, "bert"), **every)
+    return train(lab, "killed", **classifier(lab, "bert"), **every)
 
 
 def _rates() -> dict[str, Any]:
@@ -278,7 +285,7 @@ def _rare(lab: Lab) -> dict[str, Any]:
     }
 
 
-def _launch(lab: Lab, name: str, num_ranks: int, jobs: Sequence[Job], unfinished: Sequence[str] = ()) -> Results:
+def launch(lab: Lab, name: str, num_ranks: int, jobs: Sequence[Job], unfinished: Sequence[str] = ()) -> Results:
     ended = lab.launch(name, num_ranks, jobs)
     output = "\n".join(f"rank {rank}: {end.output}" for rank, end in enumerate(ended))
     assert all((end.code != 0) is bool(unfinished) for end in ended), output

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import bitsandbytes.functional as bnb
 import torch
+from deepspeed.utils import groups
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,21 +55,25 @@ def leaking_attention(
 
 def train(
     config: dict[str, Any],
-    attention: str = "sdpa",
+    attention: str | None = None,
     signal_at: dict[str, Any] | None = None,
     error: str | None = None,
     unchecked_base: bool = False,
 ) -> dict[str, Any]:
     """The real ``train``: its exit code, or the message of the ``error`` that must come.
 
-    ``attention`` is what ``choose_attention`` finds; ``signal_at``: see ``SignalAt``, the ranks then meet before every
-    micro-batch; ``unchecked_base`` lets a base with NaN through.
+    ``attention`` is what ``choose_attention`` finds, where that is not what it finds here. ``signal_at``: see
+    ``SignalAt``; the ranks then meet before every micro-batch. ``unchecked_base`` lets a base with NaN through.
     """
     expected: Any = () if error is None else EXPECTED[error]
     with (
         SignalAt(**signal_at).patched() if signal_at else nullcontext(),
         patch.object(stop, "AGREE_SECONDS", 0.0) if signal_at else nullcontext(),
-        patch("qvtune.train.preflight.choose_attention", lambda *_: (attention, "of the test")),
+        patch("qvtune.train.preflight.choose_attention", lambda *_: (attention, "of the test"))
+        if attention
+        else nullcontext(),
+        # DeepSpeed keeps the groups of hpZ, and refuses to make them twice in a process.
+        patch.object(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None),
         patch.object(ContentChecksums, "fingerprint", lambda *_: {}) if unchecked_base else nullcontext(),
     ):
         try:
@@ -180,7 +185,8 @@ def shares(config: dict[str, Any]) -> dict[str, Any]:
 def base(config: dict[str, Any]) -> dict[str, Any]:
     """A prepared run's base against the file and bitsandbytes, and its loss on the first row of the data."""
     run = prepare(RunConfig.model_validate(config), StopRequest())
-    tensors = {name: tensor.float() for name, tensor in load_file(run.plan.folder / "model.safetensors").items()}
+    stored = load_file(run.plan.folder / "model.safetensors")
+    tensors = {name: tensor.to(run.plan.dtype) for name, tensor in stored.items()}
     checked, different = [], []
     for path, module in run.engine.module.model.get_base_model().named_modules():
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):

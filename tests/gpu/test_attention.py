@@ -1,9 +1,10 @@
-"""The flash kernels themselves: packed documents have the loss of the same documents apart.
+"""The flash kernels themselves: packed documents have the loss of the same documents apart, and no host waits.
 
 The same comparison as in tests/tasks/test_causal_lm.py, where plain PyTorch stands for the kernels. To run it: a
 machine with an A100 or newer, `make env TORCH_BACKEND=auto`, `pytest tests/gpu`.
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from qvtune.config.schema import AdapterSection, ModelSection
 from qvtune.data.batch import Batch, collate
 from qvtune.errors import UserError
 from qvtune.model.adapters import add_adapters, trainable
-from qvtune.model.attention import choose_attention
+from qvtune.model.attention import choose_attention, prepare_attention
 from qvtune.model.loader import load_whole
 from qvtune.tasks.causal_lm import CausalLMObjective
+from qvtune.train.loop import train_on
 from tests.support.separate import separate
 from tests.support.tiny import make_model_folder, make_row
 
@@ -29,12 +31,16 @@ pytestmark = pytest.mark.gpu
 TOLERANCE, SAME_GRADIENT, OTHER_GRADIENT = 2e-2, 0.999, 0.95
 
 
-@pytest.fixture(params=["flash_attention_2", "flash_attention_3"])
+@pytest.fixture(params=["flash_attention_2", "flash_attention_3", "varlen"])
 def attention(request: pytest.FixtureRequest) -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("would run with a GPU")
     try:
-        return choose_attention(request.param, torch.bfloat16)[0]
+        name = choose_attention(request.param, torch.bfloat16)[0]
     except UserError as error:
-        pytest.skip(f"would run with a GPU and the kernels' package: {error}")
+        pytest.skip(f"would run with the kernels' package: {error}")
+    prepare_attention(name, deterministic=True)
+    return name
 
 
 @pytest.fixture
@@ -69,6 +75,30 @@ def test_packed_equals_separate(objective: CausalLMObjective, batch: Batch) -> N
     separate_loss, apart = mean_and_gradients(objective, separate(batch))
     assert packed_loss == pytest.approx(separate_loss, abs=TOLERANCE)
     assert cosine_similarity(packed, apart, dim=0) > SAME_GRADIENT
+
+
+def test_backward_gives_the_same_bits_every_time(objective: CausalLMObjective) -> None:
+    """Many documents of many tokens: without deterministic kernels blocks add in the order in which they end."""
+    batch = collate([make_row(*[250] * 8, seed=seed) for seed in range(4)], pad_token_id=0).to("cuda")
+    loss, gradients = mean_and_gradients(objective, batch)
+    for _ in range(10):
+        again, others = mean_and_gradients(objective, batch)
+        assert loss == again and torch.equal(gradients, others)
+
+
+def test_the_host_waits_for_nothing(objective: CausalLMObjective, batch: Batch, attention: str) -> None:
+    """torch itself says where it waits. With the packages transformers looks once at the positions."""
+    engine: Any = lambda batch: objective(batch)  # noqa: E731
+    engine.backward = torch.Tensor.backward
+    train_on(batch, engine, 1.0)  # what is made once
+    host = collate([make_row(30, 1, 77, 20, seed=1)], pad_token_id=0).pin_memory()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train_on(host.to("cuda"), engine, 1.0)
+        torch.cuda.set_sync_debug_mode("default")
+    found = [str(wait.message) for wait in waits if "synchroniz" in str(wait.message)]
+    assert len(found) <= (0 if attention == "varlen" else 1), found
 
 
 def test_equals_sdpa(objective: CausalLMObjective, batch: Batch) -> None:
