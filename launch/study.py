@@ -6,6 +6,7 @@ Example:
   python launch/study.py toy --output studies/toy
   python launch/study.py bounds launch/recipes/glue_sst2.yaml
   python launch/study.py table studies/glue
+  python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 15 --output studies/sst2
 
 `python launch/study.py COMMAND --help` explains a command.
 
@@ -13,7 +14,7 @@ Exit codes:
   0   done
   1   grid: cells have failed, all others are complete
   2   the command line or a file is wrong; nothing was written
-  75  grid: stopped on request; the same command resumes
+  75  grid, suggest: stopped on request; the same command resumes
 """
 
 import argparse
@@ -92,6 +93,22 @@ Exit codes:
   2  the folder is no study, or the command line is wrong; nothing was written
 """
 
+SUGGEST = """Recommend eta_QK and eta_V for a recipe, from short complete runs on its data.
+
+Example:
+  python launch/study.py suggest launch/recipes/llama3_8b_qv.yaml --budget 10% --output studies/rates
+  python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 15 --output studies/sst2
+
+The best setting with lambda = 1 and the best one with another lambda are compared over the rows of data.eval and over
+seeds. The verdict: recommended; no difference, so lambda = 1; not decided, needs more seeds; or edge of the box. Writes
+verdict.json, search.svg and suggestion.yaml, a recipe. The same command resumes, with a larger budget as well.
+
+Exit codes:
+  0   there is a verdict
+  2   the recipe or the command line is wrong, the budget is too small, or runs failed that the verdict needs
+  75  stopped on request; the same command resumes
+"""
+
 
 def main() -> int:
     """Parse the command line and run a command."""
@@ -135,6 +152,25 @@ def main() -> int:
         help="count steps and seconds to this loss; default: the final loss of lambda = 1",
     )
     table.set_defaults(execute=_table)
+    suggest = commands.add_parser("suggest", help="recommend eta_QK and eta_V", documentation=SUGGEST)
+    suggest.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the settings of a run")
+    suggest.add_argument(
+        "--budget", type=_budget, required=True, metavar="B", help="in runs of the recipe: 15, or 10%%"
+    )
+    suggest.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the search")
+    suggest.add_argument("--low", type=float, metavar="ETA", help="lowest rate; default: an eighth of the recipe's")
+    suggest.add_argument("--high", type=float, metavar="ETA", help="highest rate; default: eight times the recipe's")
+    suggest.add_argument(
+        "--margin", type=float, default=0.02, metavar="X", help="share of the loss that is none; default %(default)s"
+    )
+    suggest.add_argument("--no-balance", action="store_true", help="do not measure the balance point, in one process")
+    suggest.add_argument(
+        "--workers", type=positive, metavar="N", help="runs at a time; default: one per GPU or CPU core"
+    )
+    suggest.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
+    )
+    suggest.set_defaults(execute=_suggest)
     name, *words = sys.argv[1:] or [""]
     # Options may stand between overrides, which argparse does not allow below another parser.
     options = commands.choices[name].parse_intermixed_args(words) if name in commands.choices else parser.parse_args()
@@ -176,6 +212,33 @@ def _target(text: str) -> tuple[str, float]:
     if not re.fullmatch(r"\d*\.?\d+([eE]-?\d+)?", loss):
         raise argparse.ArgumentTypeError(f"{text!r} is not a loss, as 0.25, or a loss of a task, as sst2=0.25")
     return task, float(loss)
+
+
+def _suggest(options: argparse.Namespace) -> None:
+    load_config(options.recipe, options.overrides)
+    with heavy_imports():
+        from qvtune.study.suggest import Request
+        from qvtune.study.suggest_run import suggest
+    request = Request(options.budget, options.margin, options.low, options.high)
+    suggest(
+        options.recipe,
+        options.overrides,
+        options.output,
+        request,
+        balance=not options.no_balance,
+        workers=options.workers,
+    )
+
+
+def _budget(text: str) -> float:
+    """``10%`` or a number of runs."""
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs > 0, as in 15, and no share of one, as in 10%")
+    return found
 
 
 if __name__ == "__main__":

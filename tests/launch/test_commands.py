@@ -12,7 +12,7 @@ import pytest
 from tests.support.processes import REPOSITORY
 
 COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
-PARTS = {"study": ("grid", "toy", "bounds", "table")}  # of a command whose first argument says what it does
+PARTS = {"study": ("grid", "toy", "bounds", "table", "suggest")}  # of a command whose first argument says what it does
 HELPS = [(path, part) for path in COMMANDS for part in ("", *PARTS.get(path.stem, ()))]
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 # Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
@@ -55,6 +55,8 @@ WRONG = {
         (["bounds", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
         (["table", "{folder}"], "is no study; give a folder whose grid.yaml"),
         (["table", "{folder}", "--target-loss=low"], "--target-loss: 'low' is not a loss, as 0.25"),
+        (["suggest", "{recipe}", "--budget=10%", "--output={folder}/out", "train.max_step=3"], "`train.max_steps`?"),
+        (["suggest", "{recipe}", "--budget=ten", "--output={folder}/out"], "'ten' is no number of runs > 0, as in 15"),
         (["bounds", "{recipe}", "--rows=many"], "--rows: 'many' is not a whole number > 0"),
     ],
     "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],

@@ -12,12 +12,12 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.plan import advice as advice_module
 from qvtune.plan import plan as module
-from qvtune.plan.advice import Advice, advise
+from qvtune.plan.advice import Advice, advise, whole_base_bytes
 from qvtune.plan.amount import amount_of
 from qvtune.plan.gpus import GPUS
 from qvtune.plan.memory import Costs
 from qvtune.plan.plan import Request, estimate_of, plan, short_plan
-from qvtune.plan.simulate import BASE, GATHERED, SAVED, Setup
+from qvtune.plan.simulate import BASE, GATHERED, SAVED, TRAINED, Setup
 from qvtune.plan.step_time import Cluster
 from qvtune.train.data import load_data
 from tests.plan.shapes import make_config_folder
@@ -124,9 +124,33 @@ def test_a_model_that_is_not_here_needs_its_config_alone(tmp_path: Path, monkeyp
         estimate_of(config(Path("owner/none")), REQUEST)
 
 
-def test_another_task_is_refused(run: RunConfig) -> None:
-    with pytest.raises(UserError, match="task: sequence_classification cannot be estimated; causal_lm can"):
-        estimate_of(run.model_copy(update={"task": "sequence_classification"}), REQUEST)
+def test_classification_is_simulated_with_its_head(tmp_path: Path) -> None:
+    """A small RoBERTa: what is trained is q, v and the head; ``classification.labels`` says how many outputs."""
+    folder = make_config_folder(tmp_path / "model", "roberta_base")
+    values = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps(values | sizes | {"vocab_size": 1000}))
+    sections = {
+        "deepspeed": "zero2.json",
+        "task": "sequence_classification",
+        "classification": {"labels": ["a", "b", "c"]},
+        "adapter": {"rank": 4},
+        "data": {"train": "none.jsonl", "max_length": 128, "packing": False},
+        "train": {"max_steps": 7, "global_batch_size": 16, "micro_batch_size": 8},
+    }
+    run = config(folder, **sections, model={"name_or_path": str(folder), "quantization": "none"})
+    found = estimate_of(run, replace(REQUEST, nodes=1, gpus_per_node=2))
+    head = 64 * 64 + 64 + 64 * 3 + 3
+    # bfloat16 values; float32 masters and two moments on one of two ranks; gradients, buffers and padding come on top
+    least = (2 * 2 * 2 * 4 * 64 + head) * (2 + 12 / 2)
+    assert least < found.costs.peak[TRAINED] < 4 * least
+    base = (1000 + 514 + 1) * 64 + 2 * (4 * (64 * 64 + 64) + 2 * 64 * 96 + 96 + 64 + 4 * 64) + 2 * 64
+    assert whole_base_bytes(found.setup) == 2 * base
+    assert base * 2 <= found.costs.peak[BASE] < 2.2 * base  # and buffers of positions
+    operations = sum(flop * count for (flop, _), count in found.costs.operations.items())
+    matrices = 2 * (4 * 64 * 64 + 2 * 64 * 96)
+    # forward, and backward to the activations, of 8 rows; the factors, and the attention itself, take the rest
+    assert 4 * 8 * 128 * matrices * 0.8 < operations < 4 * 8 * 128 * matrices * 2
 
 
 def test_a_batch_that_cannot_be_split_is_refused(run: RunConfig) -> None:

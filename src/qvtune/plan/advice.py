@@ -1,6 +1,5 @@
 """Which stage, micro-batch and checkpointing are the fastest that fit."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,10 +8,10 @@ from typing import Any
 from qvtune.config.deepspeed import resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.config.zero_stage import StageFile, choose_stage
+from qvtune.model.adapters import is_of_head
 from qvtune.model.families import FAMILIES, ends_in, trained_matrices
-from qvtune.model.skeleton import build_skeleton
 from qvtune.plan.memory import Costs, costs_of
-from qvtune.plan.simulate import BASE, GATHERED, HEAD, LAYER, SAVED, Setup
+from qvtune.plan.simulate import BASE, GATHERED, HEAD, LAYER, SAVED, Setup, model_of
 from qvtune.plan.step_time import Cluster, step_time
 
 _PER_TOKEN = (SAVED, HEAD, LAYER)  # causes that grow with the tokens of a micro-batch
@@ -42,12 +41,13 @@ class Advice:
 
 def whole_base_bytes(setup: Setup) -> int:
     """Bytes of the frozen base, as it is stored."""
-    config = copy.deepcopy(setup.model_config)
-    trained = trained_matrices(setup.run.adapter, FAMILIES[config.model_type])
-    skeleton = build_skeleton(config, setup.run.model, setup.dtype, setup.attention, trained=trained)
+    trained = trained_matrices(setup.run.adapter, FAMILIES[setup.model_config.model_type])
+    _, skeleton = model_of(setup)
     parameters = skeleton.named_parameters()
-    frozen = (one for name, one in parameters if not ends_in(name.removesuffix(".weight"), trained))
-    return sum(parameter.numel() for parameter in frozen) * setup.dtype.itemsize
+    frozen = (
+        one for name, one in parameters if not is_of_head(name) and not ends_in(name.removesuffix(".weight"), trained)
+    )
+    return int(sum(parameter.numel() for parameter in frozen)) * setup.dtype.itemsize
 
 
 def advise(setup: Setup, costs_as_configured: Costs, cluster: Cluster) -> Advice | None:

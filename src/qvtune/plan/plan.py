@@ -90,9 +90,7 @@ def _setup(run: RunConfig, cluster: Cluster) -> tuple[Setup, Path]:
     folder = config_folder(run)
     with naming_setting("model.name_or_path"):
         model_config = read_model_config(folder, run.model)
-    if run.task != "causal_lm":
-        raise UserError(f"task: {run.task} cannot be estimated; causal_lm can")
-    if problems := get_task(run.task).model_problems(model_config, run.data.max_length):
+    if problems := get_task(run.task, run.classification).model_problems(model_config, run.data.max_length):
         raise UserError(problems)
     register_flash()
     attention = run.model.attention if run.model.attention in ("sdpa", "eager") else FLASH

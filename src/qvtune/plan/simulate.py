@@ -24,11 +24,12 @@ from qvtune.distributed.fake_ranks import fake_ranks
 from qvtune.model import nf4
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.families import FAMILIES, trained_matrices
+from qvtune.model.head import head_path
 from qvtune.model.shard import Placement, Whole, ZeroPartition
-from qvtune.model.skeleton import build_skeleton, decoder_layers, largest_layer_numel
+from qvtune.model.skeleton import decoder_layers, largest_layer_numel, mark_for_nf4, plain_skeleton
 from qvtune.optim.groups import parameter_groups
 from qvtune.plan.tracker import Bytes, Tracked, Tracker
-from qvtune.tasks import get_task
+from qvtune.tasks import get_task, sequence_classification
 from qvtune.tasks.causal_lm import MIN_CHUNK_ROWS, FrozenHeadLoss
 
 # Causes of memory; SAVED is what forward keeps for backward, LAYER what backward allocates, CACHE what answers keep.
@@ -65,18 +66,17 @@ class Simulated:
 def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulated:
     """Start an engine on rank 0 of ``num_ranks`` and run micro-batches; the second is the first that prefetches.
 
-    Every row has ``data.max_length`` tokens, which are one document, and every token a label: the most there can be.
+    Every row has ``data.max_length`` tokens, which are one document, and every token a label, or in classification the
+    document: the most there can be.
     """
     nf4.tables(_CPU)  # made of values, so before there are none
     tracker = Tracker()
-    config, section = copy.deepcopy(setup.model_config), setup.run.model
-    trained = trained_matrices(setup.run.adapter, FAMILIES[config.model_type])
-    skeleton = build_skeleton(config, section, setup.dtype, setup.attention, trained=trained)
+    whole, skeleton = model_of(setup)
     deepspeed_config = fill_from_model(setup.deepspeed_config, largest_layer_numel(skeleton)) | {
         "train_batch_size": num_ranks * setup.run.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
     }
-    model = _with_adapters(skeleton, setup.run)
+    model = _with_adapters(whole, setup.run)
     _name_phases(decoder_layers(skeleton), tracker)
     # DeepSpeed's stage 2 looks at addresses, for NCCL's sake.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
@@ -97,11 +97,23 @@ def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulat
     return Simulated(static, persistent, tracker.tracked)
 
 
-def _with_adapters(skeleton: nn.Module, run: RunConfig) -> nn.Module:
-    name = skeleton.config.name_or_path  # type: ignore[union-attr]
-    model = add_adapters(skeleton, run.adapter, name, run.train.seed, get_task(run.task).peft_task_type)  # type: ignore[arg-type]
+def model_of(setup: Setup) -> tuple[Any, Any]:
+    """The model without memory, with the head of the task, and the part of it that is stored as the base is."""
+    config, run = copy.deepcopy(setup.model_config), setup.run
+    family, head = FAMILIES[config.model_type], get_task(run.task, run.classification).head(run.train.seed)
+    whole: Any = plain_skeleton(config, run.model, setup.dtype, setup.attention, head=head)
+    skeleton = whole.base_model if head is not None and family.is_encoder else whole
+    mark_for_nf4(skeleton, run.model, setup.dtype, trained=trained_matrices(run.adapter, family))
+    return whole.requires_grad_(False), skeleton
+
+
+def _with_adapters(whole: Any, run: RunConfig) -> nn.Module:
+    task = get_task(run.task, run.classification)
+    new_modules = () if task.head(run.train.seed) is None else (head_path(whole),)
+    name = whole.config.name_or_path
+    model = add_adapters(whole, run.adapter, name, run.train.seed, task.peft_task_type, new_modules)
     if run.train.activation_checkpointing:
-        skeleton.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -109,7 +121,7 @@ def _start_engine(model: nn.Module, run: RunConfig, deepspeed_config: dict[str, 
     """As ``qvtune.train.prepare`` does it."""
     import deepspeed
 
-    objective = get_task(run.task).objective(model)
+    objective = get_task(run.task, run.classification).objective(model)
     objective._apply = lambda *_, **__: objective  # type: ignore[method-assign]  # torch cannot move fake parameters
     optimizer = torch.optim.AdamW(parameter_groups(trainable(model), run.optimizer))
     engine, *_ = deepspeed.initialize(
@@ -149,7 +161,8 @@ def _persistent_bytes(engine: Any) -> int:
 def _full_batch(run: RunConfig) -> Batch:
     ids = torch.empty(run.train.micro_batch_size, run.data.max_length, dtype=torch.long)
     borders = torch.empty(run.train.micro_batch_size + 1, dtype=torch.int32)
-    return Batch(ids, ids.clone(), ids.clone(), borders, run.data.max_length, ids.flatten().clone())
+    labelled = ids.flatten() if run.task == "causal_lm" else ids[:, 0]  # every token, or every document
+    return Batch(ids, ids.clone(), ids.clone(), borders, run.data.max_length, labelled.clone())
 
 
 def _train_on(batch: Batch, engine: Any, tracker: Tracker) -> None:
@@ -199,6 +212,8 @@ def _naming_causes(tracker: Tracker) -> Iterator[None]:
         patch.object(coordinator, "fetch_sub_module", under(GATHERED, coordinator.fetch_sub_module)),
         patch.object(coordinator, "release_sub_module", under(BASE, coordinator.release_sub_module)),
         patch.object(FrozenHeadLoss, "forward", under(HEAD, FrozenHeadLoss.forward)),
+        # The stand-in for a flash kernel takes cu_seqlens, as varlen does; a mask would be made of values.
+        patch.object(sequence_classification, "_document_mask", return_value=None),
         # It compares values with those of other ranks; here are neither.
         patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks"),
     ):
