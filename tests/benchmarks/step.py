@@ -190,13 +190,9 @@ def _ratios(speeds: dict[str, float], found: dict[str, dict[str, Any]]) -> Seque
     of_steps = [b / a for a, b in zip(ours["seconds"][WARM_UP:], trl["seconds"][WARM_UP:], strict=True)]
     peaks = [ours[name] / trl[name] for name in ("peak_rss_bytes", "peak_before_steps")]
     speed = f"{speeds['ours'] / speeds['trl']:.3f} ({min(of_steps):.2f} to {max(of_steps):.2f})"
-    return (
-        speed,
-        f"{1 / median(of_steps):.3f}",
-        *(f"{peak:.3f}" for peak in peaks),
-        "",
-        (f"{abs(ours['losses'][0] - trl['losses'][0]):.1e} apart"),
-    )
+    cpu = median(ours["cpu_seconds"][WARM_UP:]) / median(trl["cpu_seconds"][WARM_UP:])
+    apart = f"{abs(ours['losses'][0] - trl['losses'][0]):.1e} apart"
+    return speed, f"{1 / median(of_steps):.3f}", f"{cpu:.3f}", *(f"{peak:.3f}" for peak in peaks), "", apart
 
 
 if __name__ == "__main__":
