@@ -12,7 +12,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.study.bounds import Bound, bounds
 from qvtune.study.bounds_report import measured_gaps, print_bounds
-from qvtune.study.counts import count_parameters
+from qvtune.study.counts import count_parameters, rank_for
 from tests.plan.shapes import make_config_folder
 
 ROWS = {"mnli": 392_702, "rte": 2_490}
@@ -128,6 +128,26 @@ def test_rows_are_counted(llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "N = 56 training rows" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data.train: .*none.jsonl"):
         print_bounds(config(llama, data={"train": str(tmp_path / "none.jsonl")}), None, 32, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "projections", "parameters", "rank"),
+    [
+        ("lora", "qv", 3_407_872, 8),
+        ("lora", "qkv", 3_407_872, 6),  # 589,824 per rank: 5.8
+        ("lora", "v", 3_407_872, 21),  # 163,840 per rank: 20.8
+        ("dora", "qv", 3_571_712, 8),  # and a magnitude for each output
+        ("lora", "q", 200_000, 1),  # 262,144 per rank
+    ],
+)
+def test_the_rank_of_a_parameter_count(llama: Path, method: str, projections: str, parameters: int, rank: int) -> None:
+    """Of Llama-3.1-8B, with grouped-query attention; the head does not count."""
+    assert rank_for(classifier(llama, method=method, projections=list(projections)), parameters) == rank
+
+
+def test_a_parameter_count_below_that_of_rank_1_is_refused(llama: Path) -> None:
+    with pytest.raises(UserError, match=r"parameters 100,000: projections q have 262,144 at rank 1; give more"):
+        rank_for(classifier(llama, projections=["q"]), 100_000)
 
 
 def record(run: RunConfig, *events: dict[str, Any]) -> Path:
