@@ -82,7 +82,9 @@ def test_cells_that_fail_are_named_with_their_reason_and_the_rest_is_complete(
     assert reason(study, "fails") == "data.train: no such file\n"
     assert "RuntimeError: step 3: the loss is nan" in reason(study, "breaks")
     assert reason(study, "dies").startswith("its process has ended 2 times, the last time with signal 9; its output:")
-    assert {name: starts(study, name) for name in names} == {**dict.fromkeys(names, 1), "dies": 2, "dies-once": 2}
+    found = {name: starts(study, name) for name in names}
+    assert found.pop("dies") in (2, 3), "once more where one worker took it before the other one's death was noticed"
+    assert found == {**dict.fromkeys(found, 1), "dies-once": 2}
     printed = capsys.readouterr().out
     assert "7 of 7 cells to train, 2 workers" in printed
     assert "4 of 7 cells, 3 failed | " in printed and "| c: loss 1.0000 (0 s)" in printed
@@ -90,8 +92,9 @@ def test_cells_that_fail_are_named_with_their_reason_and_the_rest_is_complete(
     assert "s left | " in printed
 
     assert run_cells(recipe, cells(*names), study, workers=2) == ["fails", "breaks", "dies"]
-    tried = {"fails": 2, "breaks": 2, "dies": 4, "dies-once": 2}
-    assert {name: starts(study, name) for name in names} == {**dict.fromkeys(names, 1), **tried}
+    tried = {"fails": 2, "breaks": 2, "dies-once": 2}
+    assert {name: starts(study, name) for name in found} == {**dict.fromkeys(found, 1), **tried}
+    assert starts(study, "dies") in (4, 5, 6)
 
 
 def test_a_grid_that_grows_trains_what_is_new(recipe: Path, tmp_path: Path) -> None:

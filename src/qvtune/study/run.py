@@ -7,7 +7,6 @@ STUDY/recipe.yaml      a copy of the recipe
       logs/            what the workers have printed
 """
 
-import os
 import shutil
 import sys
 import time
@@ -41,7 +40,13 @@ class CellsFailedError(UserError):
 
 
 def run_cells(
-    recipe: Path, cells: Sequence[Cell], study: Path, *, workers: int | None = None, ranks_per_cell: int = 1
+    recipe: Path,
+    cells: Sequence[Cell],
+    study: Path,
+    *,
+    workers: int | None = None,
+    ranks_per_cell: int = 1,
+    shared: bool = False,
 ) -> list[str]:
     """Train what is not complete of ``cells``, each in STUDY/cells/NAME. Returns the names of those that have failed.
 
@@ -49,13 +54,16 @@ def run_cells(
     processes may do this in one folder at the same time; this one returns when all cells are complete or have failed.
     ``workers`` train one cell each, on ``ranks_per_cell`` ranks; by default as many as there are GPUs or CPU cores for.
 
+    ``shared``: for one of several processes whose folder ``open_study`` has prepared; it does not wait for the others.
+
     Raises UserError where the folder holds the cells of another recipe, and StopRequested after a stop signal, when all
     workers have saved and ended.
     """
     record_stop_signals()
-    if not _in_array():  # its tasks share the folder, which `submit` has prepared
+    if not shared:
         open_study(recipe, cells, study)
-    return _Coordinator(study, list(cells), shares(workers, ranks_per_cell, len(cells))).run()
+    coordinator = _Coordinator(study, list(cells), shares(workers, ranks_per_cell, len(cells)))
+    return coordinator.run(wait_for_others=not shared)
 
 
 def train_grid(path: Path, overrides: Sequence[str], workers: int | None = None, ranks_per_cell: int = 1) -> None:
@@ -64,20 +72,19 @@ def train_grid(path: Path, overrides: Sequence[str], workers: int | None = None,
     grid = grid_with_ranks(path, overrides)
     for note in grid.notes:
         console().print(note, markup=False, soft_wrap=True)
-    _train_all(grid.recipe, grid.cells, grid.folder, workers, ranks_per_cell)
+    failed = run_cells(grid.recipe, grid.cells, grid.folder, workers=workers, ranks_per_cell=ranks_per_cell)
+    _report(grid.folder, grid.cells, failed)
+    console().print(f"{grid.folder}: all {len(grid.cells)} cells are complete", markup=False, soft_wrap=True)
 
 
-def _train_all(recipe: Path, cells: Sequence[Cell], study: Path, workers: int | None, ranks_per_cell: int) -> None:
-    """And write the report."""
-    failed = run_cells(recipe, cells, study, workers=workers, ranks_per_cell=ranks_per_cell)
+def _report(study: Path, cells: Sequence[Cell], failed: Sequence[str]) -> None:
+    """Write the report. Raises CellsFailedError where cells have failed."""
     with heavy_imports():
         from qvtune.study.report import write_report
     write_report(study)
     if failed:
         which = ", ".join(failed)
         raise CellsFailedError(f"{len(failed)} of {len(cells)} cells have failed (cells/NAME/{FAILED}): {which}")
-    what = "no cell is left for this task" if _in_array() else f"all {len(cells)} cells are complete"
-    console().print(f"{study}: {what}", markup=False, soft_wrap=True)
 
 
 def grid_with_ranks(path: Path, overrides: Sequence[str]) -> Grid:
@@ -88,10 +95,6 @@ def grid_with_ranks(path: Path, overrides: Sequence[str]) -> Grid:
     with heavy_imports():
         from qvtune.study.counts import rank_for
     return read_grid(path, overrides, rank_for)
-
-
-def _in_array() -> bool:
-    return "SLURM_ARRAY_JOB_ID" in os.environ
 
 
 def open_study(recipe: Path, cells: Sequence[Cell], study: Path) -> None:
@@ -128,7 +131,7 @@ class _Coordinator:
         self._seconds: list[float] = []  # of each cell that was finished by this process
         self._deaths: Counter[str] = Counter()
 
-    def run(self) -> list[str]:
+    def run(self, *, wait_for_others: bool) -> list[str]:
         """As ``run_cells``."""
         is_left = bool(self._open())
         while is_left:
@@ -137,7 +140,7 @@ class _Coordinator:
             self._say(f"{num_open} of {len(self._cells)} cells to train, {len(places)} workers")
             with self._started(places) as workers:
                 self._watch(workers)
-            is_left = not _in_array() and self._await_others()
+            is_left = wait_for_others and self._await_others()
         return [name for name, cell in self._cells.items() if (cell_folder(self._study, cell) / FAILED).exists()]
 
     def _open(self) -> list[str]:
@@ -217,7 +220,8 @@ class _Coordinator:
         num_failed = sum((cell_folder(self._study, one) / FAILED).exists() for one in self._cells.values())
         failed = f", {num_failed} failed" if num_failed else ""
         if state == "failed":
-            text = (folder / FAILED).read_text(encoding="utf-8").strip().splitlines()[-1]
+            path = folder / FAILED
+            text = path.read_text(encoding="utf-8").strip().splitlines()[-1] if path.exists() else "is tried again"
         else:
             self._seconds.append(seconds)
             last = read_metrics(folder, "eval")[-1]
@@ -254,10 +258,15 @@ def _duration(seconds: float) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """For slurm/study.sbatch: STUDY [RANKS_PER_CELL [WORKERS]]; the study's folder has been prepared."""
-    study = Path(arguments[0])
+    study, cells = Path(arguments[0]), read_cells(Path(arguments[0]))
     ranks_per_cell = int(arguments[1]) if len(arguments) > 1 else 1
     workers = int(arguments[2]) if len(arguments) > 2 else None
-    return run_alone(lambda: _train_all(study / RECIPE, read_cells(study), study, workers, ranks_per_cell))
+
+    def work() -> None:
+        failed = run_cells(study / RECIPE, cells, study, workers=workers, ranks_per_cell=ranks_per_cell, shared=True)
+        _report(study, cells, failed)
+
+    return run_alone(work)
 
 
 if __name__ == "__main__":
