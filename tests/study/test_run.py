@@ -16,7 +16,7 @@ import pytest
 from qvtune.errors import UserError
 from qvtune.study import processes
 from qvtune.study.cell import Cell, read_cells
-from qvtune.study.run import run_cells
+from qvtune.study.run import main, open_study, run_cells
 from qvtune.submit.batch import has_finished
 from tests.support.processes import REPOSITORY
 
@@ -159,6 +159,25 @@ def test_two_commands_in_one_folder_share_the_cells(recipe: Path, tmp_path: Path
     both = [start(recipe, study, names) for _ in range(2)]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert complete(study) == set(names) and {starts(study, name) for name in names} == {1}
+
+
+def test_a_task_of_an_array_trains_what_is_left_and_does_not_wait(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[Path] = []
+    monkeypatch.setattr("qvtune.study.report.write_report", reported.append)
+    study, names = tmp_path / "study", ["slowest-1", "slowest-2", "b", "fails"]
+    other = start(recipe, study, names[:2])
+    wait_for(lambda: starts(study, "slowest-1") and starts(study, "slowest-2"))
+    open_study(recipe, cells(*names), study)
+    assert main([str(study), "1", "1"]) == 1
+    assert (
+        complete(study) == {"b"}
+        and "1 of 4 cells have failed (cells/NAME/failed.txt): fails" in capsys.readouterr().err
+    )
+    assert [starts(study, name) for name in names] == [1, 1, 1, 1] and reported == [study]
+    other.terminate()
+    assert other.wait(timeout=60) == 75
 
 
 def test_kills_at_random_change_nothing_in_the_end(recipe: Path, tmp_path: Path) -> None:
