@@ -48,17 +48,19 @@ def test_matrices_that_zero3_cuts_are_read_once(lab: Lab, name: str, ranks: Resu
     tensors = read_headers([checkpoint_of(lab, name) / file]).values()
     total = sum(tensor.num_bytes for tensor in tensors)
     read = [rank["read"][file] for rank in ranks]
-    if "zero2" in name or "lora" in name:
-        assert read == [total] * len(ranks), "every rank has all values: always, or until DeepSpeed cuts the factors"
+    # Values are masters, of which a rank reads its share. ZeRO-2 cuts groups of parameters, see above.
+    share = math.ceil(total / len(ranks)) + 4 * len(tensors) + 1024
+    if "zero2" in name or "lora" in name:  # every rank has all values: always, or until DeepSpeed cuts the factors
+        assert sum(read) == total * len(ranks) + total and max(read) <= total + share
     else:
-        assert sum(read) == total and max(read) <= math.ceil(total / len(ranks)) + 4 * len(tensors)
+        assert sum(read) == 2 * total and max(read) <= 2 * share
 
 
 def test_rank_0_alone_gathers(lab: Lab, name: str, ranks: Results) -> None:
     tensors = read_headers([checkpoint_of(lab, name) / "optimizer.safetensors"]).values()
-    largest, num_parameters = max(tensor.numel for tensor in tensors), len(tensors) // 3
+    largest, num_parameters = max(tensor.numel for tensor in tensors), len(tensors) // 2  # two moments
     assert ranks[0]["gathered"] == num_parameters and ranks[0]["largest"] >= largest
     assert [rank["gathered"] for rank in ranks[1:]] == [0] * (len(ranks) - 1)
     if "zero2" in name:  # the share of a group can be whole parameters
-        largest = sum(tensor.numel for tensor in tensors) // 3
+        largest = sum(tensor.numel for tensor in tensors) // 2
     assert max(rank["largest"] for rank in ranks[1:]) <= math.ceil(largest / len(ranks))

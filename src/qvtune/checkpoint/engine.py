@@ -5,6 +5,8 @@ sends only its range when a checkpoint is gathered on rank 0, and reads only its
 that take an engine are collective.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,63 @@ from qvtune.model.adapters import saved_name, trainable
 from qvtune.model.shard import Shard
 from qvtune.storage.safetensors import TensorFiles, read_headers
 
+_MESSAGE_BYTES = 2**26  # of all ranks together, from which on pieces are sent; rank 0 holds as much twice
+
 
 def gather_state(engine: Any) -> TrainedState:
-    """All trained parameters with their optimizer state, whole, on rank 0; an empty mapping on other ranks."""
+    """All trained parameters with their optimizer state, whole, on rank 0; an empty mapping on other ranks.
+
+    The tensors are copies. Many pieces are sent as one message: a message for each takes most of the time.
+    """
     # After an evaluation ZeRO-3 is still gathering what it would need next.
     engine.empty_partition_cache()
     _link_moments(engine.optimizer)
     parameters = trainable(engine.module.model)
     spans = process_group.all_gather_object([_own_span(parameter) for _, parameter in parameters])
-    state: TrainedState = {}
+    state: TrainedState = {name: {} for name, _ in parameters} if process_group.is_main() else {}
+    batch: list[_Piece] = []
     for (name, parameter), of_ranks in zip(parameters, zip(*spans, strict=True), strict=True):
-        entry = {"value": _gather_value(parameter, of_ranks)}
-        for key in STATES:
-            entry[key] = _gather(_own_state(parameter, key), of_ranks)
-        if process_group.is_main():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            state[name] = {key: tensor.view(shape) for key, tensor in entry.items() if tensor is not None}
-    return state
+        if hasattr(parameter, "ds_tensor"):
+            start, end = _own_span(parameter)
+            batch.append(_Piece(name, "value", parameter.ds_tensor[: end - start], of_ranks))
+        elif process_group.is_main():
+            state[name]["value"] = parameter.detach().flatten().cpu().clone()
+        batch += [_Piece(name, key, _own_state(parameter, key), of_ranks) for key in STATES]
+        if sum(sum(piece.bytes_of_ranks()) for piece in batch) >= _MESSAGE_BYTES:
+            _gather(batch, state)
+            batch = []
+    _gather(batch, state)
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters}
+    return {name: {key: tensor.view(shapes[name]) for key, tensor in entry.items()} for name, entry in state.items()}
 
 
-def _gather_value(parameter: nn.Parameter, spans: tuple[tuple[int, int], ...]) -> torch.Tensor | None:
-    if hasattr(parameter, "ds_tensor"):
-        start, end = _own_span(parameter)
-        return _gather(parameter.ds_tensor[: end - start], spans)
-    return parameter.detach().flatten().cpu().clone() if process_group.is_main() else None
+@dataclass(frozen=True)
+class _Piece:
+    """This rank's range of one tensor of the state, 1-D, and the ranges of all ranks."""
+
+    name: str
+    key: str
+    own: torch.Tensor
+    spans: tuple[tuple[int, int], ...]
+
+    def bytes_of_ranks(self) -> list[int]:
+        return [(end - start) * self.own.element_size() for start, end in self.spans]
 
 
-def _gather(own: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> torch.Tensor | None:
-    return process_group.gather_on_main(own.detach().cpu(), [end - start for start, end in spans])
+def _gather(batch: Sequence[_Piece], state: TrainedState) -> None:
+    """On rank 0 put the pieces of all ranks together, in ``state``."""
+    if not batch:
+        return
+    sizes = list(zip(*(piece.bytes_of_ranks() for piece in batch), strict=True))  # [ranks][pieces]
+    own = torch.cat([piece.own.detach().cpu().contiguous().view(torch.uint8) for piece in batch])
+    whole = process_group.gather_on_main(own, list(map(sum, sizes)))
+    if whole is None:
+        return
+    of_ranks = [
+        part.split(list(lengths)) for part, lengths in zip(whole.split(list(map(sum, sizes))), sizes, strict=True)
+    ]
+    for piece, parts in zip(batch, zip(*of_ranks, strict=True), strict=True):
+        state[piece.name][piece.key] = torch.cat(parts).view(piece.own.dtype)
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
@@ -80,10 +111,14 @@ def load_trained(folder: Path, model: nn.Module) -> None:
 def load_optimizer(folder: Path, engine: Any, step: int) -> None:
     """Put this rank's range of masters and moments back, and AdamW's step count."""
     _link_moments(engine.optimizer)
-    files = TensorFiles(folder, read_headers([folder / OPTIMIZER]))
+    values = folder / (ADAPTER if hasattr(engine.module.model, "peft_config") else TRAINED)
+    files = TensorFiles(folder, read_headers([values, folder / OPTIMIZER]))
     for name, parameter in trainable(engine.module.model):
         for key in STATES:
-            _set_own_state(parameter, key, files.read(f"{key}/{saved_name(name)}", *_own_span(parameter)))
+            stored = f"{key}/{saved_name(name)}"
+            if key == "master" and stored not in files:  # it is what forward uses
+                stored = saved_name(name)
+            _set_own_state(parameter, key, files.read(stored, *_own_span(parameter)))
     for entry in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(entry["step"]):
             entry["step"].fill_(step)

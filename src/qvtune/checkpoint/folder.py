@@ -2,7 +2,8 @@
 
 checkpoints/step-00000020/   adapter_model.safetensors  adapter_config.json   the adapter, as PEFT has it; or, where
                              trained.safetensors        matrices of the base are trained, these under the base's names
-                             optimizer.safetensors      fp32 masters and AdamW moments by parameter name
+                             optimizer.safetensors      AdamW moments by parameter name, and fp32 masters where they
+                                                        differ from the values above
                              trainer_state.json         step, counters, the settings that made the trajectory
                              base.json                  fingerprint of the base, tensor by tensor
                              manifest.json              size and sha256 of each file above

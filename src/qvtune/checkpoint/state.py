@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from qvtune.errors import UserError
@@ -13,6 +15,7 @@ from qvtune.model import fingerprint
 from qvtune.model.adapters import saved_name
 from qvtune.model.fingerprint import Fingerprint
 from qvtune.storage.files import write_json
+from qvtune.storage.safetensors import TensorFiles, read_headers
 
 TRAINED = "trained.safetensors"  # takes the place of the adapter where matrices of the base are trained
 ADAPTER, OPTIMIZER, _BASE = "adapter_model.safetensors", "optimizer.safetensors", "base.json"
@@ -53,12 +56,45 @@ def save(
     """
     values = {saved_name(name): entry["value"] for name, entry in state.items()}
     save_file(values, folder / (TRAINED if peft_config is None else ADAPTER), metadata={"format": "pt"})
-    kept = {f"{key}/{saved_name(name)}": entry[key] for name, entry in state.items() for key in STATES}
-    save_file(kept, folder / OPTIMIZER)
+    save_file(_optimizer_tensors(state), folder / OPTIMIZER)
     if peft_config is not None:
         peft_config.save_pretrained(folder)
     write_json(folder / "trainer_state.json", vars(trainer))
     write_json(folder / _BASE, base)
+
+
+def _optimizer_tensors(state: TrainedState) -> dict[str, torch.Tensor]:
+    """Masters and moments by their names in OPTIMIZER. Where forward uses the master itself, it is not there twice."""
+    return {
+        f"{key}/{saved_name(name)}": entry[key]
+        for name, entry in state.items()
+        for key in STATES
+        if key != "master" or not same_bytes(entry[key], entry["value"])
+    }
+
+
+def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors on the CPU have one dtype and the same content; computed without a thread but this one."""
+    return first.dtype == second.dtype and np.array_equal(_as_bytes(first), _as_bytes(second))
+
+
+def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    content: NDArray[np.uint8] = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return content
+
+
+def require_written(folder: Path, state: TrainedState) -> None:
+    """Read the tensors of a checkpoint. Raises OSError, naming them, where they are not those of ``state``."""
+    (values,) = (path for name in (ADAPTER, TRAINED) if (path := folder / name).exists())
+    files = TensorFiles(folder, read_headers([values, folder / OPTIMIZER]))
+    expected = {saved_name(name): entry["value"] for name, entry in state.items()} | _optimizer_tensors(state)
+    wrong = [
+        name
+        for name, tensor in expected.items()
+        if not np.array_equal(files.read_bytes(name).numpy(), _as_bytes(tensor))
+    ]
+    if wrong:
+        raise OSError(f"{folder}: what was written is not what is read back: {', '.join(wrong[:_PROBLEMS_SHOWN])}")
 
 
 def require_sound(state: TrainedState, step: int) -> None:

@@ -30,7 +30,7 @@ from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.generate import generate
 from qvtune.train.isolation import check_isolation
 from qvtune.train.prepare import Run, prepare
-from qvtune.train.save import Saves, followed, mark_best
+from qvtune.train.save import Saves, followed
 
 EXIT_DONE = 0
 EVAL_ROWS_FILE = "eval_rows.jsonl"
@@ -68,7 +68,7 @@ def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
                 display.say(f"step {state.step} of {last_step} is complete already: nothing to train")
             elif config.data.packing:
                 display.say(_check_isolation(run))
-            _evaluate_and_generate(run, config, stop, display, record)
+            _evaluate_and_generate(run, config, stop, display, record, saves)
 
             batches = micro_batches(run, config)
             while state.step < last_step:
@@ -86,20 +86,24 @@ def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
                 counts = {"tokens": tokens, "label_tokens": label_tokens}
                 record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
 
-                _evaluate_and_generate(run, config, stop, display, record)
+                saves.check(display.say)
+                _evaluate_and_generate(run, config, stop, display, record, saves)
                 if _ends_early(run, config):
                     last_step = state.step
                     metric = followed_metric(settings, run.plan.task)[0]
                     display.say(f"step {state.step}: no better {metric} for {settings.early_stopping} evaluations")
                 if state.step == last_step or _due(state.step, settings.save_every):
                     saves.save(display.say)
+            saves.finish(display.say)
             if saves.is_saved and (state.step == max_steps or _ends_early(run, config)):
                 reason = "completed"
         except StopRequested as request:
             # Gradients of an incomplete step are in no checkpoint: the step will be run again from its start.
             display.say(f"{request}: step {state.step} of {max_steps} is the last complete step")
+            saves.finish(display.say, is_last=True)
             if not saves.is_saved:
                 saves.save(display.say, is_last=True)
+                saves.finish(display.say, is_last=True)
 
         peak = _largest({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": _peak_device_bytes()})
         record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
@@ -209,19 +213,23 @@ def _require_finite(what: str, value: float, step: int) -> None:
 
 
 def _evaluate_and_generate(
-    run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record
+    run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record, saves: Saves
 ) -> None:
-    """What is due after a step of these two."""
-    _evaluate_if_due(run, config, stop, display, record)
-    _generate_if_due(run, config, stop, display, record)
+    """What is due after a step of these two; ``checkpoints/best`` follows."""
+    evaluated = _evaluate_if_due(run, config, stop, display, record)
+    if _generate_if_due(run, config, stop, display, record) or evaluated:
+        saves.mark_best()
 
 
-def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
-    """Before the first step, after the last, and every ``eval_every`` steps; or where that was interrupted."""
+def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> bool:
+    """Before the first step, after the last, and every ``eval_every`` steps; or where that was interrupted.
+
+    Returns whether there are new metrics.
+    """
     state, plan = run.state, run.plan
     is_due = state.step in (0, plan.max_steps) or _due(state.step, config.train.eval_every)
     if not plan.eval_sets or not is_due or "loss" in state.evaluations.get(state.step, {}):
-        return
+        return False
     size = config.train.micro_batch_size
     heartbeat.beat(f"evaluation after step {state.step}")
     of_each: dict[str, Documents] | None = {name: {} for name in plan.eval_sets} if config.train.eval_rows else None
@@ -233,17 +241,20 @@ def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     state.evaluations[state.step] = first
     display.say(f"step {state.step}: evaluation {as_text(found)} ({seconds:.1f} s)")
     record("eval", step=state.step, **first, seconds=seconds, **({"sets": found} if len(found) > 1 else {}))
-    mark_best(run, config)
+    return True
 
 
-def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> None:
-    """Before the first step, after the last, and every ``generate.every`` steps; or where that was interrupted."""
+def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> bool:
+    """Before the first step, after the last, and every ``generate.every`` steps; or where that was interrupted.
+
+    Returns whether there are new metrics.
+    """
     state, plan, settings = run.state, run.plan, config.train.generate
     if settings is None or run.whole is None or state.generated_at == state.step:
-        return
+        return False
     every = config.train.eval_every if settings.every is None else settings.every
     if not (state.step in (0, plan.max_steps) or _due(state.step, every) or _ends_early(run, config)):
-        return
+        return False
     heartbeat.beat(f"generation after step {state.step}")
     found = generate(run.whole, run.engine, plan.prompts, settings, plan.tokenizer, stop)
     state.generated_at = state.step
@@ -251,7 +262,7 @@ def _generate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: St
     record("generation", step=state.step, **found.fields())
     if found.exact_match is not None:
         state.evaluations.setdefault(state.step, {})["exact_match"] = found.exact_match
-        mark_best(run, config)
+    return found.exact_match is not None
 
 
 def _ends_early(run: Run, config: RunConfig) -> bool:

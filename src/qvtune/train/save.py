@@ -2,6 +2,9 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
@@ -10,7 +13,8 @@ from safetensors import SafetensorError
 from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.checkpoint import state as checkpoint_state
 from qvtune.checkpoint.engine import gather_state
-from qvtune.checkpoint.state import TrainedState
+from qvtune.checkpoint.owner import Owner
+from qvtune.checkpoint.state import TrainedState, TrainerState
 from qvtune.config.schema import RunConfig
 from qvtune.distributed import heartbeat, process_group
 from qvtune.errors import StopRequested
@@ -20,63 +24,134 @@ from qvtune.train.prepare import Run
 Say = Callable[[str], None]
 
 
+@dataclass
+class _Writing:
+    """A checkpoint that is being written. ``future``, on rank 0: its bytes, or why there is none."""
+
+    step: int
+    blocked_seconds: float
+    future: "Future[tuple[int, str | None]] | None"
+    is_told: bool = False
+
+
 class Saves:
-    """The checkpoints of a run, written on all ranks together."""
+    """The checkpoints of a run, gathered on all ranks together and written by rank 0 in the background.
+
+    Ranks agree about the outcome where they meet next: at the next checkpoint, or in ``finish``.
+    """
 
     def __init__(self, run: Run, config: RunConfig, record: Callable[..., None]) -> None:
         self._run, self._config, self._record = run, config, record
         self._saved_step = run.state.step if run.resume else None
         self._num_failed = 0  # in a row
+        self._writing: _Writing | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # what it works on is completed before Python exits
 
     @property
     def is_saved(self) -> bool:
-        """Whether the state as it is now is in a checkpoint."""
+        """Whether the state as it is now is in a checkpoint. One that is being written does not count."""
         return self._saved_step == self._run.state.step
 
     def save(self, say: Say, *, is_last: bool = False) -> None:
-        """Write a checkpoint: gathered on rank 0, which writes; collective.
+        """Gather a checkpoint on rank 0, which writes a copy while training goes on; collective.
+
+        Raises StopRequested as ``finish``, which is called for the checkpoint before, and RuntimeError on rank 0 where
+        training cannot go on from the state.
+        """
+        self.finish(say, is_last=is_last)
+        started, run, step = monotonic(), self._run, self._run.state.step
+        heartbeat.beat(f"checkpoint of step {step}")
+        gathered = gather_state(run.engine)
+        future = None
+        if run.owner is not None:
+            checkpoint_state.require_sound(gathered, step)
+            copied = deepcopy(run.state)
+            future = self._thread.submit(self._write, run.owner, gathered, copied, followed(run, self._config))
+        self._writing = _Writing(step, monotonic() - started, future)
+
+    def check(self, say: Say) -> None:
+        """Tell of the checkpoint that is being written once it is there. Raises, on rank 0, what has ended its writing.
+
+        That is anything but a file system's refusal.
+        """
+        one = self._writing
+        if one is not None and one.future is not None and one.future.done():
+            self._tell(one, one.future.result(), say)
+
+    def finish(self, say: Say, *, is_last: bool = False) -> None:
+        """Wait until the last checkpoint is written, verified and named by ``latest``; collective.
 
         Where it cannot be written (no space, quota, a file system that is read-only or away) earlier checkpoints stay
         and training goes on. Raises StopRequested when ``checkpoint.max_failed_saves`` in a row have failed, unless
-        this ``is_last``.
+        the next one ``is_last``.
         """
-        started, step = monotonic(), self._run.state.step
-        heartbeat.beat(f"checkpoint of step {step}")
-        gathered = gather_state(self._run.engine)
-        size, failure = process_group.broadcast_object(self._write(gathered) if self._run.owner is not None else None)
+        one, failure = self._writing, None
+        if one is None:
+            return
+        if one.future is not None:
+            started = monotonic()
+            heartbeat.beat(f"writing of the checkpoint of step {one.step}")
+            result = one.future.result()
+            one.blocked_seconds += monotonic() - started
+            self._tell(one, result, say)
+            failure = result[1]
+        failure, self._writing = process_group.broadcast_object(failure), None
         if failure is None:
-            self._saved_step, self._num_failed = step, 0
-            say(f"step {step}: checkpoint {checkpoint_folder.step_folder(self._checkpoints, step)}")
-            self._record("checkpoint", step=step, bytes=size, blocked_seconds=monotonic() - started)
+            self._saved_step, self._num_failed = one.step, 0
             return
         self._num_failed += 1
-        most = self._config.checkpoint.max_failed_saves
-        say(f"step {step}: no checkpoint ({self._num_failed} of checkpoint.max_failed_saves={most}): {failure}")
-        self._record("save_failed", step=step, problem=failure)
-        if self._num_failed >= most and not is_last:
+        if self._num_failed >= self._config.checkpoint.max_failed_saves and not is_last:
             raise StopRequested(f"stopped: {self._num_failed} checkpoints in a row could not be written")
+
+    def mark_best(self) -> None:
+        """On rank 0 let ``checkpoints/best`` follow the metric of the task, or ``train.best_metric``.
+
+        Waits for the checkpoint that is being written, which may be the best.
+        """
+        if self._run.owner is not None:
+            if self._writing is not None and self._writing.future is not None:
+                self._writing.future.result()
+            self._mark_best(self._run.owner, followed(self._run, self._config))
+
+    def _mark_best(self, owner: Owner, values: dict[int, float]) -> None:
+        _, higher_is_better = followed_metric(self._config.train, self._run.plan.task)
+        with owner.writing() as workspace:
+            checkpoint_folder.mark_best(self._checkpoints, values, higher_is_better, workspace)
+
+    def _tell(self, one: _Writing, result: tuple[int, str | None], say: Say) -> None:
+        if one.is_told:
+            return
+        one.is_told = True
+        size, failure = result
+        if failure is None:
+            say(f"step {one.step}: checkpoint {checkpoint_folder.step_folder(self._checkpoints, one.step)}")
+            self._record("checkpoint", step=one.step, bytes=size, blocked_seconds=one.blocked_seconds)
+            return
+        most = self._config.checkpoint.max_failed_saves
+        say(f"step {one.step}: no checkpoint ({self._num_failed + 1} of checkpoint.max_failed_saves={most}): {failure}")
+        self._record("save_failed", step=one.step, problem=failure)
 
     @property
     def _checkpoints(self) -> Path:
         return self._run.run_dir / "checkpoints"
 
-    def _write(self, gathered: TrainedState) -> tuple[int, str | None]:
-        """On rank 0: the bytes of the checkpoint, or why there is none."""
-        run, owner = self._run, self._run.owner
-        assert owner is not None
-        checkpoint_state.require_sound(gathered, run.state.step)
-        peft_config = getattr(run.engine.module.model, "peft_config", {}).get("default")
+    def _write(
+        self, owner: Owner, gathered: TrainedState, state: TrainerState, values: dict[int, float]
+    ) -> tuple[int, str | None]:
+        """On rank 0, in the background: the bytes of the checkpoint, or why there is none."""
+        peft_config = getattr(self._run.engine.module.model, "peft_config", {}).get("default")
 
         def write_files(folder: Path) -> None:
             try:
-                checkpoint_state.save(folder, gathered, peft_config, run.state, run.fingerprint)
+                checkpoint_state.save(folder, gathered, peft_config, state, self._run.fingerprint)
             except SafetensorError as error:  # its way to pass on an OSError
                 raise OSError(str(error)) from error
+            checkpoint_state.require_written(folder, gathered)
 
         try:
             with owner.writing() as workspace:
-                size = checkpoint_folder.write(self._checkpoints, run.state.step, write_files, workspace)
-                mark_best(run, self._config)
+                size = checkpoint_folder.write(self._checkpoints, state.step, write_files, workspace)
+                self._mark_best(owner, values)
                 checkpoint_folder.prune(self._checkpoints, self._config.checkpoint.keep, workspace)
         except OSError as error:
             return 0, _why_not(error, self._checkpoints, gathered)
@@ -93,14 +168,6 @@ def _why_not(error: OSError, checkpoints: Path, gathered: TrainedState) -> str:
         return f"{error}; and {checkpoints} cannot be read ({unreadable})."
     advice = f" To make room delete {', '.join(older)} there, or lower checkpoint.keep." if older else ""
     return f"{error}. It needs about {needed:,} bytes, {free:,} are free in {checkpoints}.{advice}"
-
-
-def mark_best(run: Run, config: RunConfig) -> None:
-    """On rank 0 let ``checkpoints/best`` follow the metric of the task, or ``train.best_metric``."""
-    if run.owner is not None:
-        _, higher_is_better = followed_metric(config.train, run.plan.task)
-        with run.owner.writing() as workspace:
-            checkpoint_folder.mark_best(run.run_dir / "checkpoints", followed(run, config), higher_is_better, workspace)
 
 
 def followed(run: Run, config: RunConfig) -> dict[int, float]:
