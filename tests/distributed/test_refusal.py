@@ -18,8 +18,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks(lab: Lab, two: Resu
     """One row of the data, hence one rank in one step, meets a token whose embedding is NaN."""
     messages = {result["rare"]["message"] for result in two}
     assert len(messages) == 1
-    found = re.match(r"step (\d+): the loss is nan", messages.pop())
+    message = messages.pop()
+    found = re.match(r"step (\d+): the loss is nan", message)
     assert found is not None
+    (place,) = re.findall(r"\n  rank [01], micro-batch [123]: (.*)", message)
+    assert place == f"{lab.folder / 'rare.jsonl'}, row 1"
     bad_step = int(found[1])
     assert 1 < bad_step <= MAX_STEPS
     assert [entry["step"] for entry in lab.events("rare", "step")] == list(range(1, bad_step))

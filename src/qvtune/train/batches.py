@@ -25,11 +25,11 @@ def micro_batches(run: Run, config: RunConfig) -> Iterator[Batch]:
         batch = run.plan.task.collate([run.plan.rows[row] for row in row_ids], run.plan.pad_token_id)
         return batch.pin_memory() if device.type == "cuda" else batch
 
-    for batch in one_ahead(prepare, _own_row_ids(run, config, step)):
+    for batch in one_ahead(prepare, own_row_ids(run, config, step)):
         yield batch.to(device)
 
 
-def _own_row_ids(run: Run, config: RunConfig, step: int) -> Iterator[list[int]]:
+def own_row_ids(run: Run, config: RunConfig, step: int) -> Iterator[list[int]]:
     """Of each micro-batch: ranks take turns in the global order of rows."""
     size, world_size = config.train.micro_batch_size, process_group.world_size()
     for index in count(step):

@@ -231,6 +231,21 @@ def describe(statistics: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def places_of_row(config: RunConfig, rows: Rows, row: int) -> list[str]:
+    """Source and number, from 1, of each row of ``data.train`` that a packed row has a part of.
+
+    It is the number of a document where rows of the source were skipped, or divided into several documents.
+    """
+    first, found = 0, []
+    numbers = list(dict.fromkeys(rows.documents(row).tolist()))
+    for source, part in zip(config.data.train_sources, _parts(rows), strict=True):
+        end = first + part.num_documents
+        kind = "document" if part.statistics["skipped"] or part.statistics["split"] else "row"
+        found += [f"{source.path}, {kind} {number - first + 1}" for number in numbers if first <= number < end]
+        first = end
+    return found
+
+
 def _parts(rows: Rows) -> Sequence[Rows]:
     """Of each source."""
     return rows.sources if isinstance(rows, JoinedRows) else [rows]

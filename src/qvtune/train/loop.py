@@ -29,6 +29,7 @@ from qvtune.train.early_stopping import followed_metric, without_improvement
 from qvtune.train.evaluate import as_text, evaluate_sets
 from qvtune.train.generate import generate
 from qvtune.train.isolation import check_isolation
+from qvtune.train.not_finite import raise_not_finite
 from qvtune.train.prepare import Run, prepare
 from qvtune.train.save import Saves, followed
 
@@ -82,11 +83,11 @@ def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
                 state.tokens += tokens
                 state.label_tokens += label_tokens
                 seconds = time.monotonic() - started
+                saves.check(display.say)
                 display.step(state.step, loss, tokens / seconds, grad_norm, lr)
                 counts = {"tokens": tokens, "label_tokens": label_tokens}
                 record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
 
-                saves.check(display.say)
                 _evaluate_and_generate(run, config, stop, display, record, saves)
                 if _ends_early(run, config):
                     last_step = state.step
@@ -144,20 +145,24 @@ def _optimizer_step(
     torch.manual_seed((config.train.seed * 1_000_003 + step) * 65_537 + process_group.rank())
 
     stop.poll()
+    losses: list[torch.Tensor] = []
     device_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for micro_step in range(1, accumulation + 1):
         heartbeat.beat(f"step {step + 1}, micro-batch {micro_step} of {accumulation}")
         if micro_step > 1:
             stop.poll_in_time()
         # DeepSpeed averages over micro-batches and ranks; wanted: the sum over the global label tokens.
-        device_sum += train_on(next(batches), engine, accumulation * world_size / label_tokens)
+        losses.append(train_on(next(batches), engine, accumulation * world_size / label_tokens))
+        device_sum += losses[-1]
         if micro_step == accumulation:  # until here the host has not waited for the device
             (loss_sum,) = process_group.sum_over_ranks(device_sum.item())
-            _require_finite("loss", loss_sum, step + 1)
+            if not math.isfinite(loss_sum):
+                raise_not_finite("loss", loss_sum, run, config, losses)
         engine.step()
     # In bfloat16 DeepSpeed skips a step whose gradients are not finite, and only this counter tells.
     grad_norm = math.nan if engine.skipped_steps else float(engine.get_global_grad_norm())
-    _require_finite("gradient norm", grad_norm, step + 1)
+    if not math.isfinite(grad_norm):
+        raise_not_finite("gradient norm", grad_norm, run, config, losses)
     return loss_sum / label_tokens, grad_norm
 
 
@@ -204,12 +209,6 @@ def _recorder(run: Run, config: RunConfig) -> tuple[Record, Callable[[], None]]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _require_finite(what: str, value: float, step: int) -> None:
-    """``value`` is the same on all ranks, so all of them raise."""
-    if not math.isfinite(value):
-        raise RuntimeError(f"step {step}: the {what} is {value}; no checkpoint contains this step")
 
 
 def _evaluate_and_generate(
