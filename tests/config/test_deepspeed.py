@@ -8,7 +8,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
+from qvtune.config.deepspeed import LayerSizes, fill_from_model, resolve_deepspeed
 from qvtune.config.deepspeed_keys import ALLOWED_KEYS, REFUSED_KEYS
 from qvtune.config.load import load_config
 from qvtune.config.problems import section_type
@@ -17,6 +17,7 @@ from qvtune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 JSONS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+LAYERS = LayerSizes(("MyLayer",), gathered_numel=1000, persistent_numel=30)
 WORLD_SIZES = {
     "demo": (1, 2, 3, 6),
     "glue_sst2": (1, 2),
@@ -71,13 +72,13 @@ def test_every_file_resolves_with_every_recipe(name: str, recipe: str) -> None:
         resolved = resolve_deepspeed(config, world_size, "bfloat16")
         micro, accumulation = resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]
         assert micro * accumulation * world_size == config.train.global_batch_size
-        assert "auto" not in json.dumps(fill_from_model(resolved, 1000))
+        assert "auto" not in json.dumps(fill_from_model(resolved, LAYERS))
 
 
 @pytest.mark.parametrize("name", JSONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deepspeed_reads_what_was_meant(name: str, dtype: str) -> None:
-    accepted = DeepSpeedConfig(fill_from_model(resolve_deepspeed(config_of(name), 1, dtype), 1000))
+    accepted = DeepSpeedConfig(fill_from_model(resolve_deepspeed(config_of(name), 1, dtype), LAYERS))
     assert (accepted.train_batch_size, accepted.train_micro_batch_size_per_gpu) == (12, 2)
     assert accepted.gradient_accumulation_steps == 6
     assert accepted.gradient_clipping == 0.25
@@ -85,8 +86,10 @@ def test_deepspeed_reads_what_was_meant(name: str, dtype: str) -> None:
     assert accepted.grad_accum_dtype == "fp32"
     assert accepted.zero_config.stage == (2 if name == "zero2.json" else 3)
     if accepted.zero_config.stage == 3:
-        assert accepted.zero_config.param_persistence_threshold == 0
+        assert accepted.zero_config.leaf_module.classes == ["MyLayer"]
+        assert accepted.zero_config.param_persistence_threshold == 30
         assert accepted.zero_config.max_reuse_distance == 0
+        assert accepted.zero_config.prefetch_bucket_size == 1000
         assert accepted.zero_config.max_live_parameters == 2000
     assert (accepted.zero_config.offload_param is not None) == (name == "zero3_offload.json")
     assert accepted.zero_config.zero_hpz_partition_size == (8 if name == "zero3_hpz.json" else 1)
@@ -112,7 +115,7 @@ class Recording(dict[str, Any]):
 
 def test_every_allowed_key_is_one_that_deepspeed_reads() -> None:
     """Against DeepSpeed's own code: a key that it never asks for would be ignored without a word."""
-    content = Recording(fill_from_model(resolve_deepspeed(config_of(), 1, "float32"), 1000))
+    content = Recording(fill_from_model(resolve_deepspeed(config_of(), 1, "float32"), LAYERS))
     content.asked = set()
     content |= {"comms_logger": {"enabled": False}, "flops_profiler": {"enabled": False}}
     DeepSpeedConfig(content)
@@ -135,11 +138,19 @@ def test_auto_and_absent_keys_are_filled_from_the_run(tmp_path: Path) -> None:
     assert resolve_deepspeed(config_of(path), 3, "bfloat16") == resolved
 
 
-def test_a_number_of_live_parameters_that_is_written_out_stays(tmp_path: Path) -> None:
+def test_what_is_written_out_or_absent_stays(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(stage3(stage3_max_live_parameters=5)))
-    resolved = resolve_deepspeed(config_of(path), 1, "bfloat16")
-    assert fill_from_model(resolved, 1000)["zero_optimization"]["stage3_max_live_parameters"] == 5
+    written = {
+        "leaf_module": {"classes": ["Other"]},
+        "stage3_max_live_parameters": 5,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+    assert written.keys() == LAYERS.values().keys()
+    for content in (written, {}):
+        path.write_text(json.dumps(stage3(**content)))
+        resolved = resolve_deepspeed(config_of(path), 1, "bfloat16")
+        assert fill_from_model(resolved, LAYERS)["zero_optimization"] == {"stage": 3, **content}
 
 
 @pytest.mark.parametrize(
@@ -199,6 +210,7 @@ def test_value_that_contradicts_the_run_is_named(
         (stage3(cpu_offload=True), "replaced it by `offload_optimizer`"),
         (stage3(offload_optimizer={"device": "cpu"}), "zero_force_ds_cpu_optimizer"),
         (stage3(stage=2, stage3_max_live_parameters=1), "stage3_max_live_parameters` has no effect at stage 2"),
+        (stage3(stage=2, leaf_module="auto"), "leaf_module` has no effect at stage 2"),
         (stage3(stage=2, offload_param={"device": "cpu"}), "offload_param` has no effect at stage 2"),
     ],
 )

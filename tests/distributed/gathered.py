@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
+from qvtune.config.deepspeed import LayerSizes, fill_from_model, resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.distributed import process_group
 from qvtune.model.nf4 import NF4Linear
@@ -101,7 +101,8 @@ def _resolve(folder: Path, case: dict[str, Any], dtype: str) -> dict[str, Any]:
     file.write_text(json.dumps(case))
     train = {"max_steps": 1, "global_batch_size": process_group.world_size()}
     run = RunConfig.model_validate({"run_dir": str(folder), "deepspeed": str(file), "train": train})
-    return fill_from_model(resolve_deepspeed(run, process_group.world_size(), dtype), HIDDEN * INTERMEDIATE)
+    layers = LayerSizes(("Layer",), gathered_numel=HIDDEN * INTERMEDIATE, persistent_numel=0)
+    return fill_from_model(resolve_deepspeed(run, process_group.world_size(), dtype), layers)
 
 
 def _different_pieces(config: dict[str, Any], dtype: torch.dtype) -> list[str]:

@@ -1,5 +1,6 @@
 """Exit codes, and who says what."""
 
+import os
 import signal
 from typing import Never
 
@@ -120,3 +121,19 @@ def test_rank_0_alone(calls: list[str], monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("RANK", "1")
     assert run_on_rank_0(defect) == 0, "not called"
     assert capsys.readouterr().err == "error: the first is wrong\nerror: the second too\n" and calls == []
+
+
+@pytest.mark.parametrize("chosen", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_the_allocator_can_grow_unless_the_user_says_otherwise(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """Before CUDA starts, which is in ``process_group.start``."""
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "max_split_size_mb:128")  # so that it is restored afterwards
+        if variable != chosen:
+            monkeypatch.delenv(variable)
+    seen: list[str | None] = []
+    monkeypatch.setattr(process_group, "start", lambda: seen.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    assert run_command(nothing, lambda checked: 0) == 0
+    expected = {None: "expandable_segments:True", "PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}
+    assert seen == [expected.get(chosen)]

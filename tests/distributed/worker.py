@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,7 @@ from qvtune.checkpoint import folder as checkpoint_folder
 from qvtune.config.schema import RunConfig
 from qvtune.data.batch import collate
 from qvtune.distributed import process_group, stop
+from qvtune.distributed.fake_ranks import gathered_bytes
 from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested, UserError
 from qvtune.model.fingerprint import ContentChecksums
@@ -141,15 +143,53 @@ def memory(config: dict[str, Any]) -> dict[str, int]:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor of numbers that an operation gives, DeepSpeed's collectives included."""
+    """Notes the elements of the largest tensor of numbers that an operation gives, DeepSpeed's collectives included.
+
+    Not those of a view: the small parameters are whole on every rank, and to release them is to look at them.
+    """
 
     numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
         self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
         return result
+
+
+class _Gathers(TorchDispatchMode):
+    """Counts bytes that collectives gather, by the number of ranks of their group."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = Counter[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.update(gathered_bytes(func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(config: dict[str, Any]) -> dict[str, Any]:
+    """Bytes gathered in each optimizer step by the number of ranks of the group; bytes of the frozen base, and of what
+    is trained or stays whole."""
+    noted: dict[str, Any] = {"steps": []}
+
+    def step(run: Any, *arguments: Any) -> Any:
+        with _Gathers() as counted:
+            result = optimizer_step(run, *arguments)
+        noted["steps"].append(dict(counted.found))
+        parameters = list(run.engine.module.parameters())
+        small = [one for one in parameters if one.requires_grad or one.ds_persist]
+        for name, some in {"all": parameters, "small": small}.items():
+            noted[name] = sum(one.ds_numel * one.element_size() for one in some)
+        return result
+
+    optimizer_step = loop._optimizer_step
+    with patch.object(loop, "_optimizer_step", step):
+        assert loop.train(RunConfig.model_validate(config)) == loop.EXIT_DONE
+    return noted
 
 
 def shares(config: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +270,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EXPECTED = {"UserError": UserError, "RuntimeError": RuntimeError, "StopRequested": StopRequested}
-JOBS = {"train": train, "base": base, "memory": memory, "shares": shares, "gathered": gathered}
+JOBS = {"train": train, "base": base, "memory": memory, "gathers": gathers, "shares": shares, "gathered": gathered}
 
 
 def main() -> None:

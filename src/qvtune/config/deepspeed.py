@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,36 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.versions import repository
 
+PERSISTENCE = "stage3_param_persistence_threshold"
 _STAGES = (2, 3)
-_MAX_LIVE = "stage3_max_live_parameters"
+_STAGE_3_ONLY = ("leaf_module", "offload_param", "zero_hpz_partition_size")
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What an "auto" of zero_optimization is filled from: the decoder layers of a model with its adapters.
+
+    Attributes:
+        classes: names of the classes of the layers.
+        gathered_numel: elements that are gathered to run the largest layer, as they are stored.
+        persistent_numel: parameters of at most so many elements stay whole on every rank.
+    """
+
+    classes: tuple[str, ...]
+    gathered_numel: int
+    persistent_numel: int
+
+    def values(self) -> dict[str, Any]:
+        """Key of zero_optimization -> its value."""
+        return {
+            "leaf_module": {"classes": list(self.classes)},
+            "stage3_max_live_parameters": 2 * self.gathered_numel,
+            "stage3_prefetch_bucket_size": self.gathered_numel,
+            PERSISTENCE: self.persistent_numel,
+        }
+
+
+_FROM_MODEL = LayerSizes((), 0, 0).values().keys()
 
 
 def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[str, Any]:
@@ -41,7 +70,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
     problems += [
         f'`{name}` is "auto", but the run has no value for it; give one'
         for name in _autos(resolved)
-        if name != f"zero_optimization.{_MAX_LIVE}"
+        if name not in {f"zero_optimization.{key}" for key in _FROM_MODEL}
     ]
     problems += _zero_problems(resolved, world_size)
     problems = _batch_problems(config, world_size) + [f"{path}: {problem}" for problem in problems]
@@ -50,13 +79,10 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
     return resolved
 
 
-def fill_from_model(resolved: dict[str, Any], layer_numel: int) -> dict[str, Any]:
-    """Fill the last "auto" of ``resolved``: two layers of ``layer_numel`` stored elements may be gathered at a time.
-
-    DeepSpeed prefetches a bucket before every submodule, so only this bound keeps it from gathering the whole model.
-    """
+def fill_from_model(resolved: dict[str, Any], layers: LayerSizes) -> dict[str, Any]:
+    """``resolved`` with each "auto" that depends on the model filled in."""
     zero = resolved["zero_optimization"]
-    filled = {_MAX_LIVE: 2 * layer_numel} if zero.get(_MAX_LIVE) == "auto" else {}
+    filled = {key: value for key, value in layers.values().items() if zero.get(key) == "auto"}
     return resolved | {"zero_optimization": zero | filled}
 
 
@@ -175,12 +201,12 @@ def _zero_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
         allowed = "allowed: 3 (base, gradients and optimizer sharded), 2 (base whole on every rank)"
         problems.append(f"`zero_optimization.stage` {found}; {allowed}")
     try:
-        current = {key: value for key, value in zero.items() if (key, value) != (_MAX_LIVE, "auto")}
+        current = {key: value for key, value in zero.items() if not (value == "auto" and key in _FROM_MODEL)}
         DeepSpeedZeroConfig(**{**current, "stage": stage if stage in _STAGES else 3})
     except ValidationError as error:
         problems += [describe(detail, DeepSpeedZeroConfig, ("zero_optimization",)) for detail in error.errors()]
     if stage == 2:
-        idle = [key for key in zero if key.startswith("stage3_") or key in ("offload_param", "zero_hpz_partition_size")]
+        idle = [key for key in zero if key.startswith("stage3_") or key in _STAGE_3_ONLY]
         problems += [f"`zero_optimization.{key}` has no effect at stage 2; remove it, or use stage 3" for key in idle]
     return problems + _placement_problems(resolved, world_size)
 

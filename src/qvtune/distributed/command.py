@@ -17,6 +17,7 @@ from qvtune.errors import StopRequested, UserError
 from qvtune.system import heavy_imports
 
 Checked = TypeVar("Checked")
+_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 _WAIT_SECONDS, _WAIT_POLLS = 10.0, 100  # of other ranks for the launcher to end them
 
 
@@ -82,6 +83,9 @@ def _before_imports() -> None:
     # bitsandbytes and DeepSpeed decorate functions that are never called here with torch.compile, which imports
     # TorchInductor: a sixth of all import time. Nothing in this project is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Gathered layers come and go in many sizes: with fixed segments the allocator's holes grow to gigabytes.
+    if not os.environ.keys() & _ALLOCATOR_SETTINGS:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _print_before_start(error: UserError) -> None:

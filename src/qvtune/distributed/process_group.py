@@ -191,6 +191,16 @@ def all_gather_tensor(own: torch.Tensor) -> list[torch.Tensor]:
     return parts
 
 
+def start_all_gather(whole: torch.Tensor, own: torch.Tensor) -> Any:
+    """Start to fill ``whole`` with the tensors of all ranks, in rank order; returns what is to be waited for.
+
+    1-D; ``own`` may be this rank's part of ``whole``.
+    """
+    import deepspeed.comm  # which can log what it sends (comms_logger)
+
+    return deepspeed.comm.all_gather_into_tensor(whole, own, async_op=True)
+
+
 def gather_on_main(own: torch.Tensor, numels: Sequence[int]) -> torch.Tensor | None:
     """The 1-D tensors of all ranks one after the other, on rank 0; None on other ranks. Collective.
 

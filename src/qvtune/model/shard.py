@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qvtune.distributed import process_group
+from qvtune.model.gather import use_short_gather
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class ZeroPartition:
         parameter.ds_tensor = stored
         parameter.ds_numel_aligned = stored.numel() * self.shard.num_ranks
         free_param(parameter)
+        if not (self._init.allgather_sequential or self._init.use_all_reduce_for_fetch_params):  # other collectives
+            use_short_gather(parameter)
         return cast(nn.Parameter, parameter)
 
     def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:

@@ -150,13 +150,3 @@ def without_weights(auto_class: Any, config: Any, dtype: torch.dtype, **options:
         model = auto_class.from_config(config, dtype=dtype, **options)
     model.tie_weights()  # undone by the context, which makes a parameter anew where it is set
     return model
-
-
-def decoder_layers(skeleton: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder, or of an encoder, in order."""
-    return [layer for stack in skeleton.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
-
-
-def largest_layer_numel(skeleton: nn.Module) -> int:
-    """Stored elements of the largest decoder layer, which is what ZeRO-3 gathers, module by module, to run it."""
-    return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(skeleton))

@@ -82,7 +82,7 @@ def time_lines(estimate: Estimate, cluster: Cluster) -> list[str]:
         lines.append(f"Run      {amount.steps:,} steps ({amount.source}): {hours[0]:.1f} to {hours[1]:.1f} hours")
     lines.append(
         "Basis    shapes of the model, DeepSpeed's own allocations, data sheets. Nothing of it was measured on a GPU; "
-        "where the host runs ahead of the GPU, ZeRO-3 holds more gathered layers than are counted here."
+        "where the host runs ahead of the GPU, ZeRO-3 holds up to two gathered layers more than are counted here."
     )
     return lines
 

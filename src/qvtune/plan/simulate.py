@@ -25,8 +25,9 @@ from qvtune.model import nf4
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.families import FAMILIES, trained_matrices
 from qvtune.model.head import head_path
+from qvtune.model.layers import decoder_layers, hook_layers, layer_sizes
 from qvtune.model.shard import Placement, Whole, ZeroPartition
-from qvtune.model.skeleton import decoder_layers, largest_layer_numel, mark_for_nf4, plain_skeleton
+from qvtune.model.skeleton import mark_for_nf4, plain_skeleton
 from qvtune.optim.groups import parameter_groups
 from qvtune.plan.tracker import Bytes, Tracked, Tracker
 from qvtune.tasks import get_task, sequence_classification
@@ -72,11 +73,11 @@ def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulat
     nf4.tables(_CPU)  # made of values, so before there are none
     tracker = Tracker()
     whole, skeleton = model_of(setup)
-    deepspeed_config = fill_from_model(setup.deepspeed_config, largest_layer_numel(skeleton)) | {
+    model = _with_adapters(whole, setup.run)
+    deepspeed_config = fill_from_model(setup.deepspeed_config, layer_sizes(model)) | {
         "train_batch_size": num_ranks * setup.run.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
     }
-    model = _with_adapters(whole, setup.run)
     _name_phases(decoder_layers(skeleton), tracker)
     # DeepSpeed's stage 2 looks at addresses, for NCCL's sake.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
@@ -127,6 +128,7 @@ def _start_engine(model: nn.Module, run: RunConfig, deepspeed_config: dict[str, 
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
+    hook_layers(engine)
     return engine
 
 

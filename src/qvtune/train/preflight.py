@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qvtune.config.deepspeed import fill_from_model, resolve_deepspeed
+from qvtune.config.deepspeed import PERSISTENCE, LayerSizes, fill_from_model, resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.data.batch import padding_token
@@ -20,9 +20,10 @@ from qvtune.distributed import process_group
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import attention_dropout, choose_attention, choose_dtype
+from qvtune.model.layers import layer_sizes
 from qvtune.model.loader import open_base
 from qvtune.model.shard import resident_bytes
-from qvtune.model.skeleton import largest_layer_numel, require_forward
+from qvtune.model.skeleton import require_forward
 from qvtune.model.source import cached_model_folder, model_folder
 from qvtune.model.whole import cache_bytes, free_on_device, require_room
 from qvtune.optim.groups import parameter_groups
@@ -114,7 +115,7 @@ def preflight(
         folder=found.folder,
         attention=found.attention,
         dtype=found.dtype,
-        deepspeed_config=fill_from_model(found.deepspeed_config, found.model.layer_numel),
+        deepspeed_config=found.deepspeed_config,
         resume=found.resume,
         rows=rows[TRAIN],
         order=row_order(config, rows[TRAIN]),
@@ -172,11 +173,13 @@ def _statistics(config: RunConfig, rows: Mapping[str, Rows], resume: Path | None
 
 @dataclass(frozen=True)
 class _Model:
-    """transformers' configuration; stored elements of the largest decoder layer; bytes of the whole base."""
+    """transformers' configuration; bytes of the whole base; its layers, and the elements of all parameters, adapters
+    included."""
 
     config: Any
-    layer_numel: int
     num_bytes: int
+    layers: LayerSizes
+    numels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,8 @@ def _inspect(
     model = tokenizer = None
     if folder is not None:
         model = _check_model(folder, config, dtype, checks)
+        if model is not None and deepspeed_config is not None:
+            deepspeed_config = fill_from_model(deepspeed_config, model.layers)
         tokenizer = checks.run(partial(load_tokenizer, folder, config.model))
     # Kernels cannot be looked for on another machine; no check depends on which they are.
     dropout = 0.0 if model is None else attention_dropout(model.config)
@@ -243,15 +248,14 @@ def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Ch
     checks.run(lambda: named(require_forward)(base.model.config, config.model, task.head(seed)))
     checks.run(partial(_check_task, task, base.model.config, config.data.max_length))
     num_bytes = sum(resident_bytes(parameter) for parameter in base.skeleton.parameters())
-    model = _Model(
-        base.model.config, largest_layer_numel(base.skeleton), num_bytes
-    )  # before adapters are in the layers
     adapted = checks.run(
         lambda: add_adapters(base.model, config.adapter, str(folder), seed, new_modules=base.new_modules)
     )
     if adapted is not None:
         checks.run(lambda: parameter_groups(trainable(adapted), config.optimizer))
-    return model
+    model = base.model if adapted is None else adapted
+    numels = tuple(parameter.numel() for parameter in model.parameters())
+    return _Model(base.model.config, num_bytes, layer_sizes(model), numels)
 
 
 def _check_task(task: Task, model_config: Any, max_length: int) -> None:
@@ -259,9 +263,22 @@ def _check_task(task: Task, model_config: Any, max_length: int) -> None:
         raise UserError(problems)
 
 
+def _persistent_line(found: _Inspected) -> str | None:
+    """What stays whole on every rank, however many there are."""
+    assert found.deepspeed_config is not None and found.model is not None
+    threshold = found.deepspeed_config["zero_optimization"].get(PERSISTENCE, 0)
+    small = [numel for numel in found.model.numels if numel <= threshold]
+    if not small:
+        return None
+    size = sum(small) * found.dtype.itemsize / 1e6
+    return f"{len(small)} parameters of at most {threshold:,} elements stay whole on every rank: {size:.1f} MB"
+
+
 def _log(found: _Inspected, statistics: Mapping[str, Any], room: str | None) -> None:
     if process_group.is_main():
         console().print(found.reasons)
+        if line := _persistent_line(found):
+            console().print(line)
         for setting, one in statistics.items():
             for line in describe(one):
                 console().print(f"{setting}: {line}", markup=False)

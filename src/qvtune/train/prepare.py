@@ -20,6 +20,7 @@ from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.attention import prepare_attention
 from qvtune.model.fingerprint import Fingerprint, require_unchanged
 from qvtune.model.kept import KeptBase
+from qvtune.model.layers import hook_layers
 from qvtune.model.loader import LoadReport, fill, open_base
 from qvtune.model.shard import Whole, ZeroPartition
 from qvtune.model.varlen import VARLEN
@@ -139,6 +140,7 @@ def _start_engine(model: nn.Module, config: RunConfig, planned: Plan, resume: Pa
         config=planned.deepspeed_config,
         dist_init_required=False,
     )
+    hook_layers(engine)
     # Under bf16 some stages cast buffers as well; rotary frequencies and NF4 offsets must stay as they were.
     for name, buffer in model.named_buffers():
         owner, _, attribute = name.rpartition(".")
