@@ -7,6 +7,7 @@ Example:
   python launch/study.py bounds launch/recipes/glue_sst2.yaml
   python launch/study.py table studies/glue
   python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 15 --output studies/sst2
+  python launch/study.py attention studies/glue/cells/CELL
 
 `python launch/study.py COMMAND --help` explains a command.
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from qvtune.config.load import load_config
 from qvtune.console import command_parser, positive
+from qvtune.convert.sources.kinds import require_source
 from qvtune.distributed.command import run_alone
 from qvtune.study.cell import read_cells
 from qvtune.study.extra import require_extra
@@ -109,6 +111,19 @@ Exit codes:
   75  stopped on request; the same command resumes
 """
 
+ATTENTION = """Measure how training has changed the attention of runs: entropy, and divergence from the base's.
+
+Example:
+  python launch/study.py attention studies/glue/cells/qv_ratio4_seed0 studies/glue/cells/qkv_ratio1_seed0
+
+Writes attention.csv into each run's folder, by layer and head; `study.py table` shows what is there, side by side. The
+newest checkpoint is compared with its base on the run's evaluation rows, both in this process, in float32.
+
+Exit codes:
+  0  measured
+  2  a run has no checkpoint, or the command line is wrong; nothing was written
+"""
+
 
 def main() -> int:
     """Parse the command line and run a command."""
@@ -171,6 +186,13 @@ def main() -> int:
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the recipe's"
     )
     suggest.set_defaults(execute=_suggest)
+    attention = commands.add_parser("attention", help="how runs have changed attention", documentation=ATTENTION)
+    attention.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a run folder, as a cell of a study")
+    attention.add_argument("--rows", type=positive, default=8, metavar="N", help="evaluation rows; default %(default)s")
+    attention.add_argument(
+        "--max-tokens", type=positive, default=128, metavar="N", help="the first tokens of a row; default %(default)s"
+    )
+    attention.set_defaults(execute=_attention)
     name, *words = sys.argv[1:] or [""]
     # Options may stand between overrides, which argparse does not allow below another parser.
     options = commands.choices[name].parse_intermixed_args(words) if name in commands.choices else parser.parse_args()
@@ -204,6 +226,14 @@ def _table(options: argparse.Namespace) -> None:
     with heavy_imports():
         from qvtune.study.report import write_report
     write_report(options.study, dict(options.target_loss))
+
+
+def _attention(options: argparse.Namespace) -> None:
+    for run in options.runs:
+        require_source(run)
+    with heavy_imports():
+        from qvtune.study.attention import measure_runs
+    measure_runs(options.runs, options.rows, options.max_tokens)
 
 
 def _target(text: str) -> tuple[str, float]:

@@ -12,7 +12,8 @@ import pytest
 from tests.support.processes import REPOSITORY
 
 COMMANDS = sorted((REPOSITORY / "launch").glob("*.py"), key=lambda path: path.stem)
-PARTS = {"study": ("grid", "toy", "bounds", "table", "suggest")}  # of a command whose first argument says what it does
+# Of a command whose first argument says what it does.
+PARTS = {"study": ("grid", "toy", "bounds", "table", "suggest", "attention")}
 HELPS = [(path, part) for path in COMMANDS for part in ("", *PARTS.get(path.stem, ()))]
 HEAVY = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 # Runs a script as its own interpreter would, then says on the last line which of HEAVY it has imported.
@@ -53,6 +54,7 @@ WRONG = {
         (["toy", "--output={folder}/out", "--seeds=0"], "--seeds: '0' is not a whole number > 0"),
         (["toy"], "the following arguments are required: --output"),
         (["bounds", "{recipe}", "train.max_step=3"], "`train.max_steps`?"),
+        (["attention", "{folder}/none"], "none: no checkpoint"),
         (["table", "{folder}"], "is no study; give a folder whose grid.yaml"),
         (["table", "{folder}", "--target-loss=low"], "--target-loss: 'low' is not a loss, as 0.25"),
         (["suggest", "{recipe}", "--budget=10%", "--output={folder}/out", "train.max_step=3"], "`train.max_steps`?"),
@@ -86,7 +88,7 @@ def test_discovery_finds_the_commands() -> None:
 
 def test_the_parts_of_a_command_are_all_looked_at() -> None:
     for name, parts in PARTS.items():
-        listed = re.findall(r"^    (\w+) ", help_of(REPOSITORY / "launch" / f"{name}.py"), re.MULTILINE)
+        listed = re.findall(r"^    (\w+)(?: |$)", help_of(REPOSITORY / "launch" / f"{name}.py"), re.MULTILINE)
         assert tuple(listed) == parts
 
 

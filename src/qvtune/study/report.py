@@ -14,6 +14,7 @@ from qvtune.errors import UserError
 from qvtune.report.page import Figure, Page, Section, Table, Value, as_html, as_markdown
 from qvtune.storage.atomic import atomic_file
 from qvtune.study import convergence, figures, tables
+from qvtune.study.attention_report import attention_parts
 from qvtune.study.compare import Comparison
 from qvtune.study.extra import require_extra
 from qvtune.study.results import Result, read_results
@@ -42,6 +43,7 @@ def write_report(study: Path, targets: Mapping[str, float] | None = None) -> Pat
         _rates(results, data),
         _convergence(results, data, targets),
         _forgetting(results, data),
+        _attention(results, data),
         Section("Cells without a result", list(filter(None, [tables.without_result(results)]))),
     ]
     page = Page(f"Study {study.resolve().name}", _facts(results), [one for one in sections if one.parts])
@@ -226,3 +228,8 @@ def _forgetting(results: Sequence[Result], data: dict[str, Rows]) -> Section:
         return Section("Forgetting", [])
     table, data["forgetting"] = found
     return Section("Forgetting", [table])
+
+
+def _attention(results: Sequence[Result], data: dict[str, Rows]) -> Section:
+    parts, data["attention"] = attention_parts(results)
+    return Section("Attention", parts)
