@@ -132,9 +132,9 @@ def test_who_sets_the_number_of_threads_gets_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_timeout_of_collectives_is_half_an_hour_or_what_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QVTUNE_TIMEOUT_SECONDS", raising=False)
-    assert process_group._timeout() == timedelta(minutes=30)
+    assert process_group.timeout() == timedelta(minutes=30)
     monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", "45")
-    assert process_group._timeout() == timedelta(seconds=45)
+    assert process_group.timeout() == timedelta(seconds=45)
 
 
 def test_torch_has_one_variable_that_searches_for_nan_in_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_flags_over_host_memory_have_the_same_timeout(tmp_path: Path, monkeypatc
 def test_a_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("QVTUNE_TIMEOUT_SECONDS", text)
     with pytest.raises(UserError, match="QVTUNE_TIMEOUT_SECONDS"):
-        process_group._timeout()
+        process_group.timeout()
 
 
 def others_report(monkeypatch: pytest.MonkeyPatch, *problems: str, stop: str | None = None) -> None:

@@ -58,9 +58,8 @@ def test_matrices_that_zero3_cuts_are_read_once(lab: Lab, name: str, ranks: Resu
 
 def test_rank_0_alone_gathers(lab: Lab, name: str, ranks: Results) -> None:
     tensors = read_headers([checkpoint_of(lab, name) / "optimizer.safetensors"]).values()
-    largest, num_parameters = max(tensor.numel for tensor in tensors), len(tensors) // 2  # two moments
-    assert ranks[0]["gathered"] == num_parameters and ranks[0]["largest"] >= largest
-    assert [rank["gathered"] for rank in ranks[1:]] == [0] * (len(ranks) - 1)
-    if "zero2" in name:  # the share of a group can be whole parameters
-        largest = sum(tensor.numel for tensor in tensors) // 2
-    assert max(rank["largest"] for rank in ranks[1:]) <= math.ceil(largest / len(ranks))
+    num_parameters, numel = len(tensors) // 2, sum(tensor.numel for tensor in tensors) // 2  # two moments of each
+    assert [rank["gathered"] for rank in ranks] == [num_parameters] + [0] * (len(ranks) - 1)
+    # Pieces of many tensors are one message: value, master and moments in float32, each rounded up to a whole element.
+    assert ranks[0]["largest_bytes"] >= 3 * 4 * numel
+    assert max(rank["largest_bytes"] for rank in ranks[1:]) <= 4 * 4 * (math.ceil(numel / len(ranks)) + num_parameters)

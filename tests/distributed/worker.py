@@ -143,19 +143,16 @@ def memory(config: dict[str, Any]) -> dict[str, int]:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor of numbers that an operation gives, DeepSpeed's collectives included.
+    """Notes the bytes of the largest tensor that an operation makes. A view makes none."""
 
-    Not those of a view: the small parameters are whole on every rank, and to release them is to look at them.
-    """
-
-    numel = 0
+    num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.is_view:
             return result
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.num_bytes = max([self.num_bytes, *(tensor.nbytes for tensor in tensors)])
         return result
 
 
@@ -209,7 +206,7 @@ def shares(config: dict[str, Any]) -> dict[str, Any]:
     def gather(engine: Any) -> Any:
         with _Largest() as largest:
             state = real_gather(engine)
-        noted.update(gathered=len(state), largest=largest.numel)
+        noted.update(gathered=len(state), largest_bytes=largest.num_bytes)
         return state
 
     real_read, real_hash, real_gather = TensorFiles.read, checkpoint_folder.sha256, save.gather_state

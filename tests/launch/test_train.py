@@ -17,7 +17,7 @@ from tests.support.lab import Lab
 
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
 FIELDS = {
-    "run_start": {"step", "max_steps", "world_size", "resumed_from"},
+    "run_start": {"step", "max_steps", "world_size", "resumed_from", "trained_parameters"},
     "base_loaded": {"seconds", "bytes_read", "base_bytes", "peak_rss_bytes"},
     "step": {"step", "loss", "tokens", "label_tokens", "seconds", "grad_norm", "lr"},
     "eval": {"step", "loss", "token_accuracy", "perplexity", "seconds"},

@@ -28,7 +28,10 @@ _DUMP_SECONDS = 5.0  # for a rank to write its stacks
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # a watcher ends with its rank
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
 # Where the innermost Python frame of a rank is that waits for others, or for a device on which a collective runs.
-_WAITING = ("/torch/distributed/", "/torch/cuda/", "/deepspeed/", "/qvtune/distributed/process_group.py")
+_WAITING = (
+    *("/torch/distributed/", "/torch/cuda/", "/deepspeed/"),
+    *("/qvtune/distributed/process_group.py", "/qvtune/model/gather.py"),
+)
 _SYNCHRONIZING = (".item()", "float(")
 
 STACKS_SIGNAL = signal.SIGUSR2  # a rank writes its stacks
