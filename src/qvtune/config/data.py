@@ -146,7 +146,7 @@ class DataSection(Section):
         description="a row that cannot be used: error = refuse the data; skip = leave it out and log the number",
     )
     num_workers: Positive | None = Field(
-        default=None, description="processes that tokenize; none = one more than the cores that the process may run on"
+        default=None, description="processes that tokenize; none = one for each core that the process may run on"
     )
 
     @field_validator("train")

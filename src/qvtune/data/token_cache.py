@@ -24,7 +24,7 @@ from qvtune.data.documents import Counts, write_summary
 from qvtune.data.encode import whole_texts
 from qvtune.data.rows import MAX_PROBLEMS_SHOWN, BadRows
 from qvtune.data.sources.source import Source
-from qvtune.data.workers import Poll, default_num_workers, in_processes
+from qvtune.data.workers import Poll, available_cores, in_processes
 from qvtune.errors import UserError
 from qvtune.storage.atomic import publish
 from qvtune.storage.lock import exclusive
@@ -103,7 +103,7 @@ def _tokenize(source: Source, config: DataSection, work: ChunkTokenizer, poll: P
 
     with _progress() as progress:
         bar = progress.add_task(f"tokenizing {source.settings.path}", total=None)
-        for one in in_processes(work, unfinished(), config.num_workers or default_num_workers(), poll):
+        for one in in_processes(work, unfinished(), config.num_workers or available_cores(), poll):
             found[one.number] = one
             only_read |= config.on_bad_row == "error" and one.unreadable.count > 0
             progress.update(bar, completed=sum(one.num_rows for one in found.values()))

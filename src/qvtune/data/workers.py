@@ -24,9 +24,9 @@ _WAITING_PER_WORKER = 1  # items that are read ahead, so that no process waits f
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def default_num_workers() -> int:
-    """One more than the cores that this process may run on: while one waits for the disk, the others compute."""
-    return len(os.sched_getaffinity(0)) + 1
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def in_processes(work: Work[Item, Result], items: Iterable[Item], num_workers: int, poll: Poll) -> Iterator[Result]:
