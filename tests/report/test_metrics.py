@@ -65,6 +65,11 @@ def test_a_line_that_a_crash_cut_off_is_removed(tmp_path: Path) -> None:
     assert [entry["step"] for entry in read_metrics(tmp_path, "step")] == [1, 2]
 
 
+def test_a_line_that_is_not_complete_yet_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "step", "st', encoding="utf-8")
+    assert [one["step"] for one in read_metrics(tmp_path, "step")] == [1]
+
+
 def test_tensorboard_gets_the_numbers_of_steps_evaluations_and_generations(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, first_step=1)
     log.write("run_start", step=0)

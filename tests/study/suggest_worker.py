@@ -13,8 +13,9 @@ from pathlib import Path
 from qvtune.config.schema import RunConfig
 from qvtune.study.cell import Cell
 from qvtune.study.search import Rates, Trial
-from qvtune.study.suggest import FAILED_FILE, Request, search_all, search_of
+from qvtune.study.suggest import Request, search_all, search_of
 from qvtune.study.suggest_report import write
+from qvtune.study.worker import FAILED
 from tests.support.synthetic import KINDS, Landscape
 
 STEPS = 400
@@ -44,7 +45,7 @@ def run_cell(folder: Path, cell: Cell, landscape: Landscape, pause: float = 0.0)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if trial.rates.v > 5e-3:
-        (folder / FAILED_FILE).write_text("step 7: the loss is nan\n")
+        (folder / FAILED).write_text("step 7: the loss is nan\n")
         return
     outcome = landscape.run(trial, STEPS)
     assert outcome.losses is not None and outcome.tokens is not None

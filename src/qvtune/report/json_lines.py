@@ -49,5 +49,6 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[Entry]:
-    """All objects of the file, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All objects of a file that may be growing, or whose last line a crash has cut off; that line is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
+from qvtune.report.json_lines import read_json_lines
 from qvtune.study.cell import Cell, cell_folder, read_cells
 from qvtune.study.worker import FAILED
 from qvtune.tasks import get_task
@@ -101,12 +102,16 @@ class Result:
     def rows(self) -> dict[str, np.ndarray]:
         """Loss, number of labels, and of classifiers prediction and label of each row of the first evaluation set after
         training; empty where they were not recorded."""
-        path, name = self.folder / EVAL_ROWS_FILE, next(iter(self.after), "")
-        if self.state != "done" or not path.is_file():
-            return {}
-        entries = [one for one in _complete_lines(path) if one["step"] == self.last_step and one["set"] == name]
-        lists = {key: value for key, value in entries[-1].items() if isinstance(value, list)} if entries else {}
-        return {key: np.array(value, dtype=float) for key, value in lists.items()}
+        return eval_rows(self.folder, self.last_step, next(iter(self.after), "")) if self.state == "done" else {}
+
+
+def eval_rows(folder: Path, step: int, evaluation_set: str) -> dict[str, np.ndarray]:
+    """What a run has recorded of each row of a set after a step, the last time; empty where it has nothing."""
+    path = folder / EVAL_ROWS_FILE
+    entries = read_json_lines(path) if path.is_file() else []
+    entries = [one for one in entries if one["step"] == step and one["set"] == evaluation_set]
+    lists = {key: value for key, value in entries[-1].items() if isinstance(value, list)} if entries else {}
+    return {key: np.array(value, dtype=float) for key, value in lists.items()}
 
 
 def read_results(study: Path) -> list[Result]:
@@ -122,7 +127,7 @@ def _read(study: Path, cell: Cell) -> Result:
         return Result(cell, folder, "failed" if failed.is_file() else "not started", reason)
     config = _config(folder / "config.yaml")
     metric, higher_is_better = followed_metric(config.train, get_task(config.task, config.classification))
-    events = _complete_lines(folder / "metrics.jsonl")
+    events = read_json_lines(folder / "metrics.jsonl")
     evaluations = {one["step"]: _sets(one) for one in events if one["event"] == "eval"}
     ends = [one for one in events if one["event"] == "run_end"]
     last_step = ends[-1]["step"] if ends and ends[-1]["reason"] == "completed" else 0
@@ -164,12 +169,6 @@ def _sets(event: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Metrics by evaluation set; one alone is called ``eval``."""
     own = {key: value for key, value in event.items() if key not in ("event", "time", "step", "seconds", "sets")}
     return dict(event.get("sets") or {"eval": own})
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file that may be growing, or whose last line a crash has cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _training(events: Sequence[dict[str, Any]]) -> Curve:

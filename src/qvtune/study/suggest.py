@@ -11,21 +11,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from qvtune.config.load import dump_config
 from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
-from qvtune.report.json_lines import read_json_lines
 from qvtune.report.metrics import read_metrics
 from qvtune.storage.atomic import atomic_file
 from qvtune.study.cell import Cell, override
+from qvtune.study.results import eval_rows
 from qvtune.study.search import COST, SEEDS, Outcome, Rates, Search, Trial
 from qvtune.study.verdict import Verdict, next_cells
+from qvtune.study.worker import FAILED
 
 SEARCH_FILE = "search.yaml"
-FAILED_FILE = "failed.txt"
 _SHORTEST = 150  # optimizer steps of a full run of the search; less is mostly warm-up and noise
 _OCTAVES = 3  # searched below and above the recipe's rates
 _RESERVE = 2  # seeds of the two finalists on top, if the budget allows
@@ -200,15 +199,12 @@ def read_results(folder: Path, evaluation_set: str) -> dict[str, Outcome]:
 
 def read_outcome(cell: Path, evaluation_set: str) -> Outcome | None:
     """Losses of the rows after the last step; why it failed; None where it is neither complete nor failed."""
-    if (cell / FAILED_FILE).is_file():
-        return Outcome(None, failed=(cell / FAILED_FILE).read_text(encoding="utf-8").strip())
+    if (cell / FAILED).is_file():
+        return Outcome(None, failed=(cell / FAILED).read_text(encoding="utf-8").strip())
     if not (cell / "metrics.jsonl").is_file():
         return None
     ends = [one for one in read_metrics(cell, "run_end") if one["reason"] == "completed"]
     if not ends:
         return None
-    step = ends[-1]["step"]
-    rows = [
-        one for one in read_json_lines(cell / "eval_rows.jsonl") if one["step"] == step and one["set"] == evaluation_set
-    ]
-    return Outcome(np.array(rows[-1]["loss"], dtype=float), np.array(rows[-1]["tokens"], dtype=float))
+    rows = eval_rows(cell, ends[-1]["step"], evaluation_set)
+    return Outcome(rows["loss"], rows["tokens"])
