@@ -120,6 +120,7 @@ def one(lab: Lab) -> Results:
         base(lab, "one-unquantized", model__quantization="none"),
         train(lab, "one"),
         train(lab, "one-micro_batch", train__micro_batch_size=2),
+        _evaluated(lab, "not-at-start", train__eval_at_start=False),
         train(lab, "full-on-one", **FULL),
         train(lab, "mixture-on-one", **mixture(lab, 0.5, 0.3, 0.2)),
         *_classifiers(lab, "on-one"),

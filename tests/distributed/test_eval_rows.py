@@ -57,3 +57,11 @@ def test_a_killed_run_has_each_evaluation_once(lab: Lab, two: Results, two_later
     assert [event["step"] for event in lab.events("killed", "eval")].count(4) == 2
     assert [line["step"] for line in lab.eval_rows("killed")] == list(range(MAX_STEPS + 1))
     assert lab.eval_rows("killed")[-1] == lab.eval_rows("bert-on-two")[-1], "as without the kill, bit for bit"
+
+
+def test_without_the_evaluation_before_the_first_step(lab: Lab, one: Results, two: Results) -> None:
+    before, *others = lab.events("plain", "eval")
+    found = lab.events("not-at-start", "eval")
+    assert before["step"] == 0 and [entry["step"] for entry in found] == [entry["step"] for entry in others]
+    # the order of float32 sums over ranks, while training, is another
+    assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in others], rel=1e-5)

@@ -95,6 +95,19 @@ def test_where_the_head_follows_v_as_in_the_paper_a_ratio_has_an_effect(tmp_path
     assert [run.optimizer.lr_multipliers for run in configs(tmp_path, grid).values()] == [{}, {"v": 4.0}]
 
 
+def test_a_head_keeps_the_rate_of_the_recipe(tmp_path: Path) -> None:
+    """Else learning_rate would change what the head learns as well, and lambda = 1 be compared with another head."""
+    recipe = {**RECIPE, "task": "sequence_classification", "optimizer": {"lr": 2e-4, "lr_multipliers": {"head": 3.0}}}
+    grid = {"tasks": {"a": {}, "b": {"optimizer.lr": 1e-4}}, "factors": {"learning_rate": [1e-4, 2e-4, 8e-4]}}
+    found = configs(tmp_path, read_grid(write(tmp_path, grid, recipe)))
+    rates = {name: run.optimizer.lr * run.optimizer.lr_multipliers["head"] for name, run in found.items()}
+    assert len(rates) == 6
+    assert all(rate == pytest.approx(6e-4 if name.startswith("a") else 3e-4) for name, rate in rates.items())
+    given = {"cells": [{"learning_rate": 1e-4, "optimizer.lr_multipliers": {"head": 0.5}}]}
+    (run,) = configs(tmp_path, read_grid(write(tmp_path, given, recipe))).values()
+    assert run.optimizer.lr_multipliers == {"head": 0.5}
+
+
 def test_equal_parameter_counts(tmp_path: Path) -> None:
     def rank_of(run: RunConfig, parameters: int) -> int:
         return parameters // len(run.adapter.projections)

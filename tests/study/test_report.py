@@ -18,7 +18,7 @@ from qvtune.study.convergence import lines, speed_table
 from qvtune.study.figures import RateGrid, rate_grids
 from qvtune.study.report import write_report
 from qvtune.study.results import Result, read_results
-from qvtune.study.tables import marks, results_table
+from qvtune.study.tables import importance_groups, marks, results_table
 from tests.support.studies import HEAD, STEPS, by_rates, cell, make_study
 
 RATES, RATIOS, SEEDS = (1e-3, 2e-3), (1.0, 2.0, 4.0), (0, 1)
@@ -191,6 +191,23 @@ def test_importance_is_shown_at_equal_rank_and_at_equal_count(study: Path) -> No
         best = max(of_ratios, key=lambda one: (len(one), one["eval accuracy"].mean()))
         assert float(row["mean"]) == pytest.approx(best["eval accuracy"].mean(), rel=1e-9)
         assert float(row["ratio"]) == best["ratio"].iloc[0]
+
+
+def test_a_set_given_by_its_rank_counts_where_its_count_is_the_same(tmp_path: Path) -> None:
+    """q and v at rank 4 need no second run to stand beside q alone at rank 8; what factors are may be a mapping."""
+    shapes = {"schedule": {"name": "linear"}}
+    found = [
+        cell(**{"projections": "qv", "rank": 4, **shapes}),
+        cell(**{"projections": "q", "rank": 8, "parameters": 512, **shapes}),
+        cell(**{"projections": "qkv", "rank": 4, **shapes}),
+    ]
+    folder = make_study(tmp_path / "glue", found, num_rows=20)
+    groups = importance_groups(read_results(folder))
+    assert {name: list(group) for name, group in groups.items()} == {
+        'lora rank 4 schedule {"name": "linear"}': ["qv", "qkv"],
+        'lora 512 parameters schedule {"name": "linear"}': ["q", "qv"],
+    }
+    write_report(folder)
 
 
 def test_forgetting_is_the_change_on_the_other_set(study: Path) -> None:

@@ -106,6 +106,7 @@ class TrainSection(Section):
     eval_every: NonNegative = Field(
         default=0, description="optimizer steps between evaluations; 0 = only before and after training"
     )
+    eval_at_start: bool = Field(default=True, description="evaluate before the first step, too")
     eval_rows: bool = Field(
         default=False,
         description="add to run_dir/eval_rows.jsonl, at each evaluation, the loss of each document of data.eval in "

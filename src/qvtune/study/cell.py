@@ -14,7 +14,8 @@
       schedule.warmup_ratio: [0.0, 0.06]
 
 Of ``tasks``, ``cells`` and ``factors`` one is enough. ``parameters`` are those of the adapter, without a head: the rank
-is worked out from the model's shapes.
+is worked out from the model's shapes. A head keeps the recipe's rate with every ``learning_rate``, so that cells differ
+in eta_QK and eta_V alone; ``optimizer.lr_multipliers`` in the grid, or ``optimizer.as_in_paper``, says otherwise.
 """
 
 import itertools
@@ -135,7 +136,7 @@ class _Builder:
 
     def cell(self, given: Factors) -> Cell:
         """Raises UserError for settings that do not go together."""
-        settings = dict(self.file.tasks.get(given.get("task", ""), {}))
+        settings = self._task_settings(given)
         settings |= {_KEYS.get(key, key): value for key, value in given.items() if key in _KEYS or "." in key}
         common = [override(key, value) for key, value in settings.items()]
         run = self._load(common)
@@ -152,11 +153,17 @@ class _Builder:
         }
         if given.get("ratio", 1) != 1 or "v" in multipliers:
             multipliers["v"] = given.get("ratio", multipliers.get("v", 1.0))
+        if "optimizer.lr_multipliers" not in given:
+            without_rate = [override(key, value) for key, value in self._task_settings(given).items()]
+            multipliers |= head_multiplier(self._load(without_rate), run.optimizer.lr)
         own = [*_adapter(given, run.adapter, projections, method), override("optimizer.lr_multipliers", multipliers)]
         if "eval_rows" not in run.train.model_fields_set:
             own.append("train.eval_rows=true")
         final = self._load([*common, *own])
         return Cell(_name(given, projections), (*self.overrides, *common, *own), _factors(given, final))
+
+    def _task_settings(self, given: Factors) -> dict[str, Any]:
+        return dict(self.file.tasks.get(given.get("task", ""), {}))
 
     def _load(self, overrides: Sequence[str]) -> RunConfig:
         return load_config(self.recipe, [*self.overrides, *overrides], written_in=str(self.path))
@@ -204,6 +211,18 @@ def _adapter(given: Factors, recipe: AdapterSection, projections: tuple[str, ...
     if method == recipe.method and recipe.biases:
         settings["biases"] = True
     return [override("adapter", settings)]
+
+
+def head_multiplier(recipe: RunConfig, learning_rate: float) -> dict[str, float]:
+    """``head: m`` with which a head keeps the recipe's rate when ``optimizer.lr`` is another.
+
+    Empty where there is no head, where it follows eta_V as in the paper, and where the rate is the recipe's.
+    """
+    optimizer = recipe.optimizer
+    if recipe.task == "causal_lm" or optimizer.as_in_paper or learning_rate == optimizer.lr:
+        return {}
+    head = optimizer.lr * optimizer.lr_multipliers.get("head", 1.0)
+    return {"head": float(f"{head / learning_rate:.6g}")}
 
 
 def override(key: str, value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,8 +70,12 @@ class Result:
 
     @property
     def family(self) -> tuple[tuple[str, Any], ...]:
-        """All that is chosen but lambda, learning rate, seed and task."""
-        return tuple((key, value) for key, value in self.cell.factors.items() if key not in _OWN)
+        """All that is chosen but lambda, learning rate, seed and task; mappings and lists as JSON."""
+        return tuple(
+            (key, value if isinstance(value, Hashable) else json.dumps(value))
+            for key, value in self.cell.factors.items()
+            if key not in _OWN
+        )
 
     @property
     def ratio(self) -> float:

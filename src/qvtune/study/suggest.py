@@ -18,7 +18,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.report.metrics import read_metrics
 from qvtune.storage.atomic import atomic_file
-from qvtune.study.cell import Cell, override
+from qvtune.study.cell import Cell, head_multiplier, override
 from qvtune.study.results import eval_rows
 from qvtune.study.search import COST, SEEDS, Outcome, Rates, Search, Trial
 from qvtune.study.verdict import Verdict, next_cells
@@ -125,10 +125,11 @@ def cell_of(trial: Trial, run: RunConfig) -> Cell:
 
 def rate_settings(rates: Rates, run: RunConfig) -> dict[str, object]:
     """Settings that give these rates."""
-    multipliers = {"v": float(f"{rates.ratio:.6g}")}
-    if run.task != "causal_lm" and not run.optimizer.as_in_paper:
-        head = run.optimizer.lr * run.optimizer.lr_multipliers.get("head", 1.0)
-        multipliers["head"] = float(f"{head / rates.qk:.6g}")
+    multipliers = {
+        **{key: value for key, value in run.optimizer.lr_multipliers.items() if key == "head"},
+        "v": float(f"{rates.ratio:.6g}"),
+        **head_multiplier(run, rates.qk),
+    }
     return {"optimizer.lr": rates.qk, "optimizer.lr_multipliers": multipliers}
 
 

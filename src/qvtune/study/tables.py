@@ -5,6 +5,7 @@ Each function gives a table for people, and the numbers behind it for a CSV file
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 from qvtune.model.adapters import HEAD
@@ -183,16 +184,28 @@ def without_result(results: Sequence[Result]) -> Table | None:
 
 
 def importance_groups(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
-    """``lora rank 8``, or ``lora 36,864 parameters`` -> projections -> results; groups of at least two sets."""
+    """``lora rank 8``, or ``lora 36,864 parameters`` -> projections -> results; groups of at least two sets.
+
+    A group of equal count also has what was given by its rank and has just that count.
+    """
+    families = families_of(results)
     groups: dict[str, dict[str, list[Result]]] = {}
-    for family, found in families_of(results).items():
-        values = dict(family)
-        count = values.get("parameters")
-        size = f"{count:,} parameters" if count else f"rank {values['rank']}" if values.get("rank") else ""
-        others = [f"{key} {_factor(value)}" for key, value in family if key not in (*_FIRST, "parameters")]
-        name = " ".join(filter(None, (str(values.get("method")), size, *others)))
-        groups.setdefault(name, {}).setdefault(str(values.get("projections")), []).extend(found)
+    for family, found in families.items():
+        groups.setdefault(_group(family), {}).setdefault(str(dict(family).get("projections")), []).extend(found)
+    counts = dict.fromkeys(count for family in families if (count := dict(family).get("parameters")))
+    for (family, found), count in product(families.items(), counts):
+        if "parameters" not in dict(family) and [one for one, _, _ in parameter_counts(found)] == [count]:
+            group = groups.get(_group((*family, ("parameters", count))), {})
+            group.setdefault(str(dict(family).get("projections")), found)
     return {name: _in_order(found) for name, found in groups.items() if len(found) > 1}
+
+
+def _group(family: Family) -> str:
+    values = dict(family)
+    count, rank = values.get("parameters"), values.get("rank")
+    size = f"{count:,} parameters" if count else f"rank {rank}" if rank else ""
+    others = [f"{key} {_factor(value)}" for key, value in family if key not in (*_FIRST, "parameters")]
+    return " ".join(filter(None, (str(values.get("method")), size, *others)))
 
 
 def _in_order(found: dict[str, list[Result]]) -> dict[str, list[Result]]:
@@ -227,7 +240,7 @@ def importance_table(results: Sequence[Result]) -> tuple[Table, Rows] | None:
                 ]
                 table_rows.append([f"{task}, {title(first.metric)}", group, choice, *cells])
                 rows += [
-                    {**_csv_row(found, first.metric, "", values[name]), "choice": choice}
+                    {**_csv_row(found, first.metric, "", values[name]), "group": group, "choice": choice}
                     for name, found in chosen.items()
                     if found
                 ]

@@ -221,12 +221,15 @@ def _evaluate_and_generate(
 
 
 def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> bool:
-    """Before the first step, after the last, and every ``eval_every`` steps; or where that was interrupted.
+    """Before the first step, unless ``eval_at_start`` is off, after the last, and every ``eval_every`` steps; or where
+    that was interrupted.
 
     Returns whether there are new metrics.
     """
     state, plan = run.state, run.plan
-    is_due = state.step in (0, plan.max_steps) or _due(state.step, config.train.eval_every)
+    is_due = state.step == plan.max_steps or _due(state.step, config.train.eval_every)
+    if state.step == 0:
+        is_due = config.train.eval_at_start
     if not plan.eval_sets or not is_due or "loss" in state.evaluations.get(state.step, {}):
         return False
     size = config.train.micro_batch_size

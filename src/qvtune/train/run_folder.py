@@ -34,6 +34,7 @@ _FREE_SETTINGS = {
         "epochs",
         "micro_batch_size",
         "eval_every",
+        "eval_at_start",
         "eval_rows",
         "save_every",
         "early_stopping",
