@@ -76,16 +76,27 @@ def read_grid(path: Path, overrides: Sequence[str] = (), rank_of: RankOf = lambd
     enough to find what is wrong. Raises UserError with all problems of the file and of its cells.
     """
     file = read_grid_file(path)
-    builder = _Builder(path, path.parent / file.recipe, tuple(overrides), file, rank_of)
-    base = load_config(builder.recipe, overrides)
+    return grid_of(file, str(path), path.parent / file.recipe, overrides, rank_of)
+
+
+def grid_of(
+    file: GridFile,
+    name: str,
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    rank_of: RankOf = lambda run, parameters: 1,
+) -> Grid:
+    """As ``read_grid``, of a file that was read; ``name`` stands before each problem."""
+    builder = _Builder(name, recipe, tuple(overrides), file, rank_of)
+    base = load_config(recipe, overrides)
     problems, found = Problems(), dict[str, Cell]()
     for given in _combinations(file):
         cell = problems.attempt(lambda given=given: builder.cell(given))  # type: ignore[misc]
         if cell is not None and found.setdefault(cell.name, cell) != cell:
-            problems.found.append(f"{path}: two different cells are called {cell.name}")
+            problems.found.append(f"{name}: two different cells are called {cell.name}")
     problems.raise_all()
     folder = Path(file.run_dir if file.run_dir is not None and not _sets_folder(overrides) else base.run_dir)
-    return Grid(builder.recipe, folder, list(found.values()), list(builder.notes))
+    return Grid(recipe, folder, list(found.values()), list(builder.notes))
 
 
 def _sets_folder(overrides: Sequence[str]) -> bool:
@@ -125,7 +136,7 @@ def _combinations(file: GridFile) -> Iterator[Factors]:
 class _Builder:
     """Makes cells of the factors that they are given."""
 
-    path: Path
+    source: str
     recipe: Path
     overrides: tuple[str, ...]
     file: GridFile
@@ -166,7 +177,7 @@ class _Builder:
         return dict(self.file.tasks.get(given.get("task", ""), {}))
 
     def _load(self, overrides: Sequence[str]) -> RunConfig:
-        return load_config(self.recipe, [*self.overrides, *overrides], written_in=str(self.path))
+        return load_config(self.recipe, [*self.overrides, *overrides], written_in=self.source)
 
     def _with_effect(self, given: Factors, run: RunConfig, projections: tuple[str, ...], method: str) -> Factors:
         """Without a ratio where nothing is trained at eta_V, without a rank where nothing has one."""
@@ -199,7 +210,7 @@ class _Builder:
             if getattr(run.train, key) is not None:
                 problems.append(f"train.{key} is set: a cell would stop before its end; leave it out")
         if problems:
-            raise UserError([f"{self.path}: {problem}" for problem in problems])
+            raise UserError([f"{self.source}: {problem}" for problem in problems])
 
 
 def _adapter(given: Factors, recipe: AdapterSection, projections: tuple[str, ...], method: str) -> list[str]:

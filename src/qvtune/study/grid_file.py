@@ -30,13 +30,19 @@ def read_grid_file(path: Path) -> GridFile:
     """Read and check the file; ``projections`` are then tuples in their usual order. Raises UserError with all problems
     of the file itself."""
     tree, _, problems = read_yaml(path)
+    return check_grid_file(tree, str(path), problems)
+
+
+def check_grid_file(tree: Mapping[str, Any], name: str, problems: Sequence[str] = ()) -> GridFile:
+    """As ``read_grid_file``, of what has been read; ``name`` stands before each problem but those found before."""
+    found = list(problems)
     try:
         file = GridFile.model_validate(tree)
     except ValidationError as error:
-        raise UserError([*problems, *(f"{path}: {describe(one, GridFile)}" for one in error.errors())]) from error
-    problems += [f"{path}: {problem}" for problem in _problems(file)]
-    if problems:
-        raise UserError(problems)
+        raise UserError([*found, *(f"{name}: {describe(one, GridFile)}" for one in error.errors())]) from error
+    found += [f"{name}: {problem}" for problem in _problems(file)]
+    if found:
+        raise UserError(found)
     return file.model_copy(
         update={
             "cells": tuple({key: _normal(key, value) for key, value in cell.items()} for cell in file.cells),
