@@ -57,7 +57,7 @@ def added_bytes(
 def test_a_merge_never_holds_its_largest_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any, limit: int
 ) -> None:
-    added = added_bytes(tmp_path, monkeypatch, CONFIG, quantization, (merged, "copy_companions"))
+    added = added_bytes(tmp_path, monkeypatch, CONFIG, quantization, (merged, "write_companions"))
     assert added < limit * MEBIBYTE, f"{added / MEBIBYTE:.0f} MiB"
 
 

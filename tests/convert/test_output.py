@@ -149,7 +149,7 @@ def interrupted(run: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **opti
     """All weights are written, nothing behind them."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "qvtune.convert.formats.merged.copy_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "qvtune.convert.formats.merged.write_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             convert(run, output, max_shard_bytes=SMALL, **options)  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from qvtune.convert.report import MergeReport
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(report: MergeReport, conversion: Conversion, title: str, how_to_load: str) -> str:
-    """Front matter and one section each for base, data, method, losses, proof, versions, and how to load it."""
+def model_card(report: MergeReport, conversion: Conversion, title: str, how_to: Mapping[str, str]) -> str:
+    """Front matter and one section each for base, data, method, losses, proof, versions, and ``how_to`` use it."""
     sections = {
         "Base": _base(report, conversion),
         "Data": _data(conversion),
@@ -22,7 +22,7 @@ def model_card(report: MergeReport, conversion: Conversion, title: str, how_to_l
         "Losses": _losses(report, conversion),
         "Proof": _proof(report),
         "Versions": _bullets(f"{name} {version}" for name, version in report.versions.items()),
-        "How to load": how_to_load,
+        **{f"How to {use}": text for use, text in how_to.items()},
     }
     body = "\n\n".join(f"## {name}\n\n{text}" for name, text in sections.items())
     return f"---\n{yaml.safe_dump(_front_matter(report, conversion), sort_keys=False)}---\n\n# {title}\n\n{body}\n"

@@ -47,6 +47,20 @@ class Conversion:
         return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of training is: saved with an adapter from elsewhere, or the base's."""
+        path = self.source.path
+        places = {"peft": [path], "deepspeed": [path, path.parent]}.get(self.source.kind, [])
+        return next((place for place in places if (place / "tokenizer_config.json").is_file()), self.base.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of ``tokenizer_folder``."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer_folder, trust_remote_code=self.model.trust_remote_code)
+
+    @property
     def auto_class(self) -> str:
         """The class of transformers that loads the merged model."""
         return "AutoModelForSequenceClassification" if self.is_classifier else "AutoModelForCausalLM"

@@ -105,14 +105,10 @@ def _architecture(conversion: Conversion) -> "LayeredModel":
 def _prove(
     conversion: Conversion, layered: "LayeredModel", chosen: OutputFormat, folder: Path, num_rows: int | None
 ) -> "Result":
-    from transformers import AutoTokenizer
-
     from qvtune.convert.proof.proof import prove
     from qvtune.convert.proof.texts import Text, evaluation_rows, fixed_prompts
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        conversion.base.folder, trust_remote_code=conversion.model.trust_remote_code
-    )
+    tokenizer = conversion.tokenizer
     run = conversion.source.path if conversion.source.state is not None else None
     texts = fixed_prompts(tokenizer) + evaluation_rows(tokenizer, run, num_rows)
     if conversion.is_classifier:  # one position of logits a text: those of the classes
@@ -158,5 +154,9 @@ def _finish(report: "MergeReport", conversion: Conversion, chosen: OutputFormat,
     if not report.proof.passed:
         raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
     write_json(folder / "merge_report.json", asdict(report))
-    card = model_card(report, conversion, output.name, chosen.how_to_load(conversion, output.name))
+    how_to = {
+        "load": chosen.how_to_load(conversion, output.name),
+        "serve": chosen.how_to_serve(conversion, output.name),
+    }
+    card = model_card(report, conversion, output.name, how_to)
     (folder / "README.md").write_text(card, encoding="utf-8")

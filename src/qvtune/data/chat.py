@@ -100,6 +100,15 @@ class ChatTemplate:
             texts.setdefault(longer, []).insert(0, span)
         return [LabelledText(text, spans) for text, spans in reversed(texts.items()) if spans]
 
+    def end_of_answer(self) -> str | None:
+        """The token with which a model that was trained on this template ends an answer; None where there is none."""
+        question, answer = ({"role": role, "content": f"the first {role}"} for role in ("user", "assistant"))
+        try:
+            text, (_, end) = self._answer(_Chat((question, answer)), 1, self._render(_Chat((question, answer))))
+        except BadRowError:  # a template for other conversations than this one
+            return None
+        return max((token for token in self._added if text[:end].endswith(token)), key=len, default=None)
+
     def _render(self, chat: _Chat, generation_prompt: bool = False) -> str:
         try:
             text = self._tokenizer.apply_chat_template(

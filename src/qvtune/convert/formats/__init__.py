@@ -41,6 +41,9 @@ class OutputFormat(Protocol):
     def how_to_load(self, conversion: "Conversion", title: str) -> str:
         """Markdown for the model card; ``title`` is the name of the output folder."""
 
+    def how_to_serve(self, conversion: "Conversion", title: str) -> str:
+        """The same for a server."""
+
 
 def output_format(name: FormatName) -> OutputFormat:
     """The format of this name; only now are its libraries imported."""

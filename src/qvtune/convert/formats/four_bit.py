@@ -26,8 +26,8 @@ from qvtune.convert.merge.tensors import Merger
 from qvtune.convert.merge.write import Written, merged_config, notes, recall, require_base
 from qvtune.convert.proof.proof import Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, as_stored, model_views
+from qvtune.convert.serving import write_companions
 from qvtune.errors import ProofError, UserError
-from qvtune.model.companions import copy_companions
 from qvtune.model.fingerprint import ContentChecksums
 from qvtune.model.loader import check_tensors, quantized_layouts
 from qvtune.model.nf4 import Layout
@@ -93,7 +93,7 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
     recall(partial, merger, checksums)
     write_shards(partial, weights, layouts, files, bind(notes, merger, checksums))
     require_base(conversion, checksums)
-    copy_companions(conversion.base.folder, partial.folder)
+    write_companions(conversion, partial.folder)
     finish(partial, _section(conversion).double_quant, merged_config(conversion))
     kinds = {name: "quantized" if name in layouts else merger.kind(name) for name in weights}
     num_bytes = sum(plan.num_bytes for plans in files.values() for plan in plans)
@@ -145,3 +145,4 @@ def limits(conversion: Conversion) -> Limits:
 
 
 how_to_load = merged.how_to_load
+how_to_serve = merged.how_to_serve

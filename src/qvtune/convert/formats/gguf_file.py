@@ -31,6 +31,7 @@ from qvtune.convert.merge.tensors import Merger
 from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.proof import Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, model_views
+from qvtune.convert.serving import end_tokens
 from qvtune.errors import UserError
 from qvtune.model.fingerprint import ContentChecksums
 from qvtune.storage.partial import PartialOutput
@@ -153,6 +154,11 @@ def how_to_load(conversion: Conversion, title: str) -> str:
     return f"```\nllama-cli -m {title}/{FILE}\n```"
 
 
+def how_to_serve(conversion: Conversion, title: str) -> str:
+    """As ``OutputFormat``."""
+    return f"```\nllama-server -m {title}/{FILE}\n```"
+
+
 def _config(conversion: Conversion) -> Any:
     from transformers import AutoConfig
 
@@ -201,8 +207,6 @@ def _pieces(merger: Merger, tensor: _Tensor) -> Iterator[torch.Tensor]:
 
 
 def _metadata(writer: GGUFWriter, conversion: Conversion) -> None:
-    from transformers import AutoTokenizer
-
     config = _config(conversion)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
@@ -224,10 +228,8 @@ def _metadata(writer: GGUFWriter, conversion: Conversion) -> None:
     if config.rope_parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
-    tokenizer = AutoTokenizer.from_pretrained(
-        conversion.base.folder, trust_remote_code=conversion.model.trust_remote_code
-    )
-    add_tokenizer(writer, conversion.base.folder, config.vocab_size, tokenizer)
+    folder, ends = conversion.base.folder, end_tokens(conversion)
+    add_tokenizer(writer, folder, config.vocab_size, conversion.tokenizer, ends)
 
 
 def _rope_factors(config: Any) -> "np.ndarray[Any, np.dtype[np.float32]] | None":

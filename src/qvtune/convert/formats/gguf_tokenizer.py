@@ -5,7 +5,7 @@ tokenizer whose expressions are not among those below is refused: another name w
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ _SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType
 Token = tuple[str, TokenType, float]
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, num_tokens: int, tokenizer: Any) -> None:
+def add_tokenizer(writer: GGUFWriter, folder: Path, num_tokens: int, tokenizer: Any, ends: Sequence[int]) -> None:
     """Everything about ``folder``'s tokenizer; ``tokenizer`` is transformers' of the same, asked how it behaves.
+
+    ``ends``: ids of the tokens that end an answer.
 
     Raises UserError where llama.cpp would give other tokens.
     """
@@ -49,7 +51,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, num_tokens: int, tokenizer: 
     writer.add_token_types([kind for _, kind, _ in listed])
     if content["model"].get("byte_fallback"):
         writer.add_token_scores([score for _, _, score in listed])
-    _add_special(writer, folder, tokenizer)
+    _add_special(writer, tokenizer, ends)
 
 
 def _tokenizer_json(folder: Path) -> Mapping[str, Any]:
@@ -124,15 +126,12 @@ def _sentencepiece_problems(model: Any) -> Iterator[str]:
         yield "removes white space"
 
 
-def _add_special(writer: GGUFWriter, folder: Path, tokenizer: Any) -> None:
+def _add_special(writer: GGUFWriter, tokenizer: Any, ends: Sequence[int]) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     for name, index in ids.items():
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    path = folder / "generation_config.json"
-    stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    others = [index for index in (stops if isinstance(stops, list) else [stops]) if index not in (None, ids["eos"])]
-    if others:
+    if others := [index for index in ends if index != ids["eos"]]:
         writer.add_eot_token_id(others[0])
     plain = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids["bos"] is not None and plain[0] == ids["bos"])

@@ -9,7 +9,7 @@ from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, merged_config, write_weights
 from qvtune.convert.proof.proof import EXACT, EXACT_SCORES, ROUNDED, ROUNDED_SCORES, Limits
 from qvtune.convert.proof.views import ModelViews, merged_folder, model_views
-from qvtune.model.companions import copy_companions
+from qvtune.convert.serving import vllm_serve, write_companions
 from qvtune.storage.files import write_json
 from qvtune.storage.partial import PartialOutput
 
@@ -23,7 +23,7 @@ def require(conversion: Conversion) -> None:
 def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, num_threads: int) -> Written:
     """As ``OutputFormat``."""
     written = write_weights(partial, conversion, max_shard_bytes, num_threads)
-    copy_companions(conversion.base.folder, partial.folder)
+    write_companions(conversion, partial.folder)
     write_json(partial.folder / "config.json", merged_config(conversion))
     return written
 
@@ -52,3 +52,11 @@ def how_to_load(conversion: Conversion, title: str) -> str:
         f'model = {conversion.auto_class}.from_pretrained("{title}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")\n```'
     )
+
+
+def how_to_serve(conversion: Conversion, title: str) -> str:
+    """As ``OutputFormat``; with a dtype, since vLLM takes float16 for weights in float32."""
+    if conversion.is_classifier:
+        return "A classifier is loaded with transformers, as above."
+    trusted = ["--trust-remote-code"] if conversion.model.trust_remote_code else []
+    return vllm_serve(title, "--dtype", str(conversion.dtype).removeprefix("torch."), *trusted)

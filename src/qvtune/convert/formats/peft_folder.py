@@ -23,6 +23,7 @@ from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.layers import skeleton
 from qvtune.convert.proof.proof import EXACT, Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, adapted_base
+from qvtune.convert.serving import max_lora_rank, vllm_problems, vllm_serve, write_companions
 from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS
 from qvtune.convert.sources.source import SavedAdapter, open_source
@@ -65,6 +66,7 @@ def write(partial: PartialOutput, conversion: Conversion, max_shard_bytes: int, 
         names[plain]: given[plain].detach().clone(memory_format=torch.contiguous_format) for plain in sorted(given)
     }
     save_file(contiguous, partial.folder / WEIGHTS, metadata={"format": "pt"})
+    write_companions(conversion, partial.folder)
     write_json(partial.folder / CONFIG, _as_json(config) | _base_of(conversion))
     num_bytes = sum(tensor.nbytes for tensor in contiguous.values())
     return Written([WEIGHTS], num_bytes, dict.fromkeys(contiguous, "adapter"), [])
@@ -91,7 +93,7 @@ def how_to_load(conversion: Conversion, title: str) -> str:
     was trained must have its size, and not be quantized.
     """
     dtype, imports, four_bits, option = conversion.dtype, [conversion.auto_class], "", ""
-    if conversion.base.opened is not None and not conversion.base.opened.stored:
+    if quantizes_in_flight(conversion):
         stored = (conversion.base.weights[name].dtype for name in conversion.base.quantized)
         dtype = reduce(torch.promote_types, stored, conversion.dtype)
         imports, option = [conversion.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
@@ -116,6 +118,28 @@ from transformers import {", ".join(imports)}
 {four_bits}base = {conversion.auto_class}.from_pretrained("{_base_name(conversion)}", dtype="{_name(dtype)}"{option})
 model = PeftModel.from_pretrained(base, "{title}")
 ```"""
+
+
+def how_to_serve(conversion: Conversion, title: str) -> str:
+    """As ``OutputFormat``; tokenizer and generation settings from here, the base in NF4 where it was trained so."""
+    problems = list(vllm_problems(_saved(conversion).config))
+    if conversion.is_classifier:
+        problems.append("it is a classifier")
+    if problems:
+        return f"vLLM does not serve this adapter: {'; '.join(problems)}. Serve what `--format merged` writes."
+    options = ["--enable-lora", "--max-lora-rank", str(max_lora_rank(_saved(conversion).config))]
+    options += ["--lora-modules", f"{title}={title}", "--tokenizer", title, "--generation-config", title]
+    options += ["--dtype", _name(conversion.dtype)]
+    if quantizes_in_flight(conversion):
+        options += ["--quantization", "bitsandbytes"]
+    if conversion.model.revision is not None:
+        options += ["--revision", conversion.model.revision]
+    return vllm_serve(_base_name(conversion), *options)
+
+
+def quantizes_in_flight(conversion: Conversion) -> bool:
+    """Whether the adapter's base is NF4 and its folder is not, so that whoever loads it has to quantize it."""
+    return conversion.base.opened is not None and not conversion.base.opened.stored
 
 
 def _head_modules(conversion: Conversion) -> list[str]:
