@@ -21,6 +21,7 @@ from qvtune.embedded.data import demo_files
 from qvtune.model.loader import load_whole
 from qvtune.model.source import model_folder
 from qvtune.report.metrics import read_metrics
+from qvtune.report.run_page import write_report
 from qvtune.storage.paths import cache_dir
 from qvtune.versions import repository
 
@@ -43,6 +44,7 @@ def main() -> None:
     merged = run_dir / "merged"
     out.print(Rule(f"2/3  merge: python launch/convert.py {config.run_dir} --output {config.run_dir}/merged"))
     convert(run_dir, merged)
+    write_report(run_dir)  # with the proof
 
     out.print(Rule("3/3  answers to held-out questions, before and after training"))
     _show_answers(config, merged)
@@ -93,7 +95,7 @@ def _summary(config: RunConfig, run_dir: Path, merged: Path, num_ranks: int, sec
         "peak memory per rank": f"{end['peak_rss_bytes'] / 1e9:.2f} GB",
         "base on one rank": f"{loaded['base_bytes'] / 1e6:.0f} MB",
         "adapter": f"{adapter.stat().st_size / 1e6:.1f} MB",
-        "run": f"{config.run_dir}/ (metrics.jsonl, checkpoints/latest, tensorboard/, config.yaml)",
+        "run": f"{config.run_dir}/ (report.html, metrics.jsonl, checkpoints/latest, tensorboard/, config.yaml)",
         "merged model": f"{config.run_dir}/merged/ (AutoModelForCausalLM.from_pretrained)",
         "time": f"{seconds / 60:.1f} minutes",
         "next": f"deepspeed launch/train.py --config {_RECIPE} data.train=ROWS.jsonl data.eval=null run_dir=runs/mine",

@@ -16,13 +16,24 @@ from tests.launch.conftest import TRAIN, train, train_forked, without_gpu
 from tests.support.lab import Lab
 
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
+PEAKS = {"peak_rss_bytes", "peak_device_bytes"}
 FIELDS = {
     "run_start": {"step", "max_steps", "world_size", "resumed_from", "trained_parameters"},
     "base_loaded": {"seconds", "bytes_read", "base_bytes", "peak_rss_bytes"},
-    "step": {"step", "loss", "tokens", "label_tokens", "seconds", "grad_norm", "lr"},
+    "step": {
+        "step",
+        "loss",
+        "tokens",
+        "label_tokens",
+        "seconds",
+        "grad_norm",
+        "lr",
+        "peak_rss_bytes",
+        "peak_device_bytes",
+    },
     "eval": {"step", "loss", "token_accuracy", "perplexity", "seconds"},
-    "checkpoint": {"step", "bytes", "blocked_seconds"},
-    "run_end": {"step", "reason", "seconds", "peak_rss_bytes", "peak_device_bytes"},
+    "checkpoint": {"step", "bytes", "blocked_seconds", "update_norms"},
+    "run_end": {"step", "reason", "seconds", *PEAKS},
 }
 
 
@@ -52,7 +63,7 @@ def run(request: pytest.FixtureRequest) -> str:
 
 
 def _complete(lab: Lab, launcher: str) -> str:
-    ended = train(lab, launcher, launcher, "checkpoint.resume=never")
+    ended = train(lab, launcher, launcher, "checkpoint.resume=never", "report.html=true")
     assert ended.code == 0, ended.output
     return launcher
 
@@ -90,7 +101,8 @@ def test_the_configuration_can_be_loaded_again(lab: Lab, run: str) -> None:
     config = load_config(lab.run_dir(run) / "config.yaml")
     recipe = load_config(lab.folder / "recipe.yaml")
     assert config.checkpoint.resume == "never"
-    assert config == recipe.model_copy(update={"run_dir": str(lab.run_dir(run)), "checkpoint": config.checkpoint})
+    own = {"run_dir": str(lab.run_dir(run)), "checkpoint": config.checkpoint, "report": config.report}
+    assert config == recipe.model_copy(update=own)
 
 
 def test_the_environment_is_recorded(lab: Lab, run: str) -> None:
@@ -106,7 +118,7 @@ def test_the_data_is_recorded(lab: Lab, run: str) -> None:
     data = json.loads((lab.run_dir(run) / "data.json").read_text())
     fields = {field.name for field in dataclasses.fields(Statistics)}
     assert {name: set(numbers) for name, numbers in data.items()} == {
-        "data.train": {"source", "passes", *fields},
+        "data.train": {"source", "passes", "samples", *fields},
         "data.eval": {"source", *fields},
     }
     train = data["data.train"]
@@ -122,6 +134,19 @@ def test_tensorboard_shows_the_losses(lab: Lab, run: str) -> None:
     shown = {scalar.step: scalar.value for scalar in board.Scalars("step/loss")}
     assert shown == {entry["step"]: pytest.approx(entry["loss"], rel=1e-6) for entry in lab.events(run, "step")}
     assert [scalar.step for scalar in board.Scalars("eval/loss")] == [0, 2]
+
+
+def test_the_report_is_finished(lab: Lab, run: str) -> None:
+    html = (lab.run_dir(run) / "report.html").read_text(encoding="utf-8")
+    assert "completed: step 2 of 2" in html
+    for part in (
+        "Loss",
+        "Learning rates and norms",
+        "by layer, at the checkpoint of step 2",
+        "<mark>",
+        "Starts and faults",
+    ):
+        assert part in html, part
 
 
 def test_peft_loads_the_checkpoint_as_it_is(lab: Lab, run: str) -> None:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from qvtune.config.adapter import AdapterSection as AdapterSection
 from qvtune.config.data import DataSection as DataSection
 from qvtune.config.generate import GenerateSection
+from qvtune.config.report import ReportSection
 from qvtune.config.section import Beta, NonNegative, Number, Positive, PositiveNumber, Ratio, Section
 
 
@@ -224,6 +225,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    report: ReportSection = ReportSection()
     classification: ClassificationSection = ClassificationSection()
 
     @model_validator(mode="after")

@@ -7,7 +7,6 @@ Each rank leaves signs of life (heartbeat.py) in memory that it shares with its 
 import faulthandler
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import IO
 
 from qvtune.distributed import heartbeat, process_group
 from qvtune.distributed.hang_watcher import STACKS_SIGNAL, Watched
-from qvtune.distributed.stop_signals import SIGNALS
+from qvtune.distributed.stop_signals import blocked_for_children
 from qvtune.errors import HUNG_EXIT_CODE
 
 _PART_OF_TIMEOUT = 0.9  # of a collective's timeout, whose own error would name no rank
@@ -71,10 +70,7 @@ def watched(logs: Path, hang_seconds: float | None) -> Iterator[None]:
 
 
 def _start(told: Watched) -> "subprocess.Popen[bytes]":
-    """With the stop signals blocked until it ignores them: Slurm and terminals send them to all processes of a run."""
-    blocked = {*SIGNALS, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
+    with blocked_for_children():
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "qvtune.distributed.hang_watcher", json.dumps(asdict(told))],
             stdin=subprocess.PIPE,
@@ -82,8 +78,6 @@ def _start(told: Watched) -> "subprocess.Popen[bytes]":
             bufsize=0,
             pass_fds=(told.beats, told.stacks),
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_when_told(control: IO[bytes]) -> None:

@@ -130,5 +130,11 @@ def hung_twice(logs: Path, job: str) -> list[str]:
     return sorted(host for host, times in starts.items() if times > 1)
 
 
+def verdict_messages(logs: Path) -> dict[float, str]:
+    """When each verdict was written, in seconds since 1970, and its message."""
+    paths = sorted(logs.glob("hang-*.json"))
+    return {path.stat().st_mtime: json.loads(path.read_text(encoding="utf-8"))["message"] for path in paths}
+
+
 def _verdicts(logs: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(logs.glob("hang-*.json"))]

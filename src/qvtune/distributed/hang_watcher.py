@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qvtune.distributed.hang_reports import HangFiles, Report
 from qvtune.distributed.heartbeat import Beat, Heartbeat
+from qvtune.distributed.stop_signals import IGNORED_BY_CHILDREN
 
 LOOK_SECONDS = 0.5
 _FOLDER_SECONDS, _RANKS_PER_SECOND = 3.0, 32  # between looks into a folder that all hosts share; more with many ranks
@@ -25,7 +26,6 @@ _TOGETHER_SECONDS = 5.0  # from the verdict to the end of all ranks: who is earl
 _GRACE_SECONDS = 5.0  # then to SIGKILL: ranks that can end by themselves are first, and give their launcher their code
 _FILES_SECONDS = 30.0  # longer than this for a report: the file system of the run folder hangs as well
 _DUMP_SECONDS = 5.0  # for a rank to write its stacks
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # a watcher ends with its rank
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
 # Where the innermost Python frame of a rank is that waits for others, or for a device on which a collective runs.
 _WAITING = (
@@ -225,7 +225,7 @@ def _state(pid: int) -> str:
 
 def main(watched: Watched) -> None:
     """Watch the process that has started this one, until it ends or writes to this one's standard input."""
-    for number in _IGNORED:  # blocked so far
+    for number in IGNORED_BY_CHILDREN:  # blocked so far: a watcher ends with its rank
         signal.signal(number, signal.SIG_IGN)
     pid = os.getppid()
     watcher = Watcher(watched, pid)

@@ -9,10 +9,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+IGNORED_BY_CHILDREN = (*SIGNALS, signal.SIGHUP)
 REPEAT_SECONDS = 3.0
 STOP_FILE = "QVTUNE_STOP_FILE"  # variable: a file to which slurm/node.sh writes the name of a signal it has received
 
@@ -66,6 +68,19 @@ def listen(received: Received, handler: Callable[[signal.Signals], object] = lam
                     received(signal.Signals(number), time.monotonic())
 
     threading.Thread(target=read, name="stop signals", daemon=True).start()
+
+
+@contextmanager
+def blocked_for_children() -> Iterator[None]:
+    """A process that is started within the block has IGNORED_BY_CHILDREN blocked, until it ignores them.
+
+    For one that ends with this process: Slurm and terminals send these signals to all processes of a run.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_BY_CHILDREN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_at_second_request(first_seconds: dict[signal.Signals, float], number: signal.Signals, seconds: float) -> None:

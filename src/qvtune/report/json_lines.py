@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qvtune.console import console
 
 Entry = dict[str, Any]
+_BATCH_BYTES = 2**19
 
 
 class JsonLines:
@@ -48,7 +49,44 @@ class JsonLines:
             console().print(f"the last lines of {self._name} are lost: {error}", markup=False)
 
 
+class JsonLinesReader:
+    """Reads ``path``, which may be growing, from ``offset`` bytes on; each object once.
+
+    ``offset`` becomes the end of the last line that was read. A line that is not complete yet is left for later.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.offset = offset
+        self._path, self._file = path, path.open("rb")
+
+    def batches(self) -> Iterator[list[Entry]]:
+        """The objects that are there now, some thousand at a time: parsed together they take half of the time."""
+        while True:
+            self._file.seek(self.offset)
+            lines = self._file.readlines(_BATCH_BYTES)
+            if lines and not lines[-1].endswith(b"\n"):
+                lines.pop()
+            if not lines:
+                return
+            self.offset += sum(map(len, lines))
+            yield json.loads(b"[" + b",".join(lines) + b"]")
+
+    def is_current(self) -> bool:
+        """Whether the file is still the one at its path, and not one that a later writer has replaced."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def read_json_lines(path: Path) -> list[Entry]:
     """All objects of a file that may be growing, or whose last line a crash has cut off; that line is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    reader = JsonLinesReader(path)
+    try:
+        return [entry for batch in reader.batches() for entry in batch]
+    finally:
+        reader.close()

@@ -40,20 +40,32 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: ``name`` of its files without an ending, and both formats of it."""
+    """A picture: ``name`` of its files without an ending, and both formats of it; without ``png`` it is only shown on
+    the page."""
 
     name: str
     caption: str
     svg: str
-    png: bytes
+    png: bytes = b""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text as it is, with its spaces and lines, in pieces; those with True are marked."""
+
+    title: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+Part = str | Table | Figure | Text
 
 
 @dataclass(frozen=True)
 class Section:
-    """Paragraphs, tables and figures under a heading, in their order."""
+    """Paragraphs, tables, figures and texts under a heading, in their order."""
 
     title: str
-    parts: Sequence[str | Table | Figure]
+    parts: Sequence[Part]
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ nav a:hover { text-decoration: underline; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; }
 th, td { padding: .3rem .75rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-td { white-space: pre; } td.prose { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
+td { white-space: pre; } td.prose { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem; }
 th { font-weight: 600; font-size: .85rem; color: var(--soft); vertical-align: bottom; }
 thead th { border-bottom: 2px solid var(--soft); }
 th.label, td.label { text-align: left; }
@@ -96,9 +108,17 @@ td.best .value { font-weight: 700; } td.second .value { text-decoration: underli
 td.failed .value { color: var(--bad); font-weight: 600; }
 td.failed small { white-space: normal; width: 13rem; margin-left: auto; }
 td.missing .value { color: var(--soft); font-style: italic; }
-figure { margin: 1.2rem 0 1.6rem; } figure svg { max-width: 100%; height: auto; display: block; }
+pre.text { background: var(--tint); border-radius: 6px; padding: .7rem .9rem; white-space: pre-wrap; }
+pre.text { overflow-wrap: anywhere; font-size: .85rem; line-height: 1.45; margin: .3rem 0 1rem; }
+pre.text { max-height: 30rem; overflow-y: auto; }
+.title { font-weight: 600; } mark { background: #cdeede; color: inherit; }
+figure { margin: 1.2rem 0 1.6rem; }
+figure.chart { display: inline-table; vertical-align: top; margin-right: 1.1rem; max-width: 100%; }
+figure.chart figcaption { display: table-caption; caption-side: bottom; }
+figure svg { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .88rem; max-width: 52rem; margin-top: .4rem; }
-@media print { nav { display: none; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
+@media print { nav { display: none; } h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } pre.text { max-height: none; } }
 """
 
 _TEMPLATE = """<!DOCTYPE html>
@@ -158,8 +178,17 @@ _TEMPLATE = """<!DOCTYPE html>
 </tbody>
 </table>
 </div>
+{% elif part.pieces is defined %}
+{% if part.title %}
+<p class="title">{{ part.title }}</p>
+{% endif %}
+<pre class="text">
+{%- for text, is_marked in part.pieces -%}
+{%- if is_marked -%}<mark>{{ text }}</mark>{%- else -%}{{ text }}{%- endif -%}
+{%- endfor -%}
+</pre>
 {% else %}
-<figure role="img" aria-label="{{ part.caption }}">
+<figure{{ " class=chart" if not part.png }} role="img" aria-label="{{ part.caption }}">
 {{ inline(part)|safe }}
 <figcaption>{{ part.caption }}</figcaption>
 </figure>
@@ -204,9 +233,12 @@ def as_markdown(page: Page, figures: str = "figures") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_part(part: str | Table | Figure, figures: str) -> list[str]:
+def _markdown_part(part: Part, figures: str) -> list[str]:
     if isinstance(part, str):
         return [_escaped(part)]
+    if isinstance(part, Text):
+        lines = "".join(text for text, _ in part.pieces).splitlines()
+        return [_escaped(part.title), "", *(f"    {line}" for line in lines)]
     if isinstance(part, Figure):
         return [f"![{_escaped(part.caption)}]({figures}/{part.name}.svg)", "", f"*{_escaped(part.caption)}*"]
     aligned = ["---" if number < part.num_labels else "---:" for number in range(len(part.columns))]

@@ -13,6 +13,7 @@ from qvtune.data.dataset import TokenRows, build_token_rows
 from qvtune.data.mixture import JoinedRows, RowOrder, Rows
 from qvtune.data.rows import BadRows, Row
 from qvtune.data.sources.source import HUB, Source, open_source, read_rows
+from qvtune.data.spans import documents_as_text
 from qvtune.errors import UserError, naming_setting
 from qvtune.model.source import model_folder
 from qvtune.storage.paths import cache_dir
@@ -25,6 +26,7 @@ Poll = Callable[[], None]
 FindModel = Callable[[str, Path, str | None], Path | None]  # as ``model_folder``
 
 TRAIN, EVAL = "data.train", "data.eval"
+_SAMPLES, _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 2, 8, 2000  # rows; documents of each; characters of each
 BASE = "model.name_or_path"
 
 
@@ -207,6 +209,28 @@ def data_statistics(config: RunConfig, rows: Mapping[str, Rows]) -> dict[str, An
                 part |= {"passes": value} if source.weight is None else {"passes": value, "weight": source.weight}
         joined = {"source": [source.path for source in sources], **rows[setting].statistics, "sources": parts}
         found[setting] = parts[0] if len(parts) == 1 else joined
+    return found
+
+
+def sample_rows(config: RunConfig, rows: Rows, tokenizer: Any) -> list[list[dict[str, Any]]]:
+    """The first rows of the training order as plain JSON values: a list of documents for each.
+
+    A document has ``spans``, pairs of a text and whether it has labels, and ``label``, that of the document where it
+    has one of its own. Long documents are cut.
+    """
+    task = get_task(config.task, config.classification)
+    found = []
+    for index in row_order(config, rows).of_step(0, min(_SAMPLES, len(rows))).tolist():
+        documents = []
+        for number, spans in enumerate(documents_as_text(rows[index], tokenizer)[:_SAMPLE_DOCUMENTS]):
+            label, left, pairs = task.label_of(rows[index], number), _SAMPLE_CHARACTERS, []
+            for span in spans:
+                if left > 0:
+                    text = span.text if len(span.text) <= left else span.text[:left] + " ..."
+                    pairs.append([text, span.has_label and label is None])
+                left -= len(span.text)
+            documents.append({"spans": pairs, "label": label})
+        found.append(documents)
     return found
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qvtune.model.kept import KeptBase
 from qvtune.optim.groups import count_trained
 from qvtune.optim.schedule import multiplier
 from qvtune.report.answers import answers_table
+from qvtune.report.followers import followers
 from qvtune.report.json_lines import JsonLines
 from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
@@ -56,10 +58,14 @@ def train(config: RunConfig, stop: StopRequest | None = None, kept: KeptBase | N
 
 def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
     run = prepare(config, stop, kept)
+    with _recorder(run, config) as record:
+        return _run(run, config, stop, record)
+
+
+def _run(run: Run, config: RunConfig, stop: StopRequest, record: Record) -> int:
     state, max_steps, settings, rows = run.state, run.plan.max_steps, config.train, run.plan.rows
     last_step = state.step if _ends_early(run, config) else min(max_steps, settings.stop_after_step or max_steps)
     run_started, reason = time.monotonic(), "stopped"
-    record, close = _recorder(run, config)
     saves = Saves(run, config, record)
 
     _record_start(run, record)
@@ -86,7 +92,8 @@ def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
                 saves.check(display.say)
                 display.step(state.step, loss, tokens / seconds, grad_norm, lr)
                 counts = {"tokens": tokens, "label_tokens": label_tokens}
-                record("step", step=state.step, loss=loss, **counts, seconds=seconds, grad_norm=grad_norm, lr=lr)
+                own = {"seconds": seconds, "grad_norm": grad_norm, "lr": lr, **_peak_memory()}
+                record("step", step=state.step, loss=loss, **counts, **own)
 
                 _evaluate_and_generate(run, config, stop, display, record, saves)
                 if _ends_early(run, config):
@@ -106,9 +113,8 @@ def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
                 saves.save(display.say, is_last=True)
                 saves.finish(display.say, is_last=True)
 
-        peak = _largest({"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": _peak_device_bytes()})
+        peak = _largest(_peak_memory())
         record("run_end", step=state.step, reason=reason, seconds=time.monotonic() - run_started, **peak)
-    close()
     return EXIT_DONE if reason == "completed" else StopRequested.exit_code
 
 
@@ -177,14 +183,16 @@ def train_on(batch: Batch, engine: Any, scale: float) -> torch.Tensor:
     return loss
 
 
-def _recorder(run: Run, config: RunConfig) -> tuple[Record, Callable[[], None]]:
-    """The function that writes an event to metrics.jsonl, and the one that closes it; both do nothing on other ranks.
+@contextmanager
+def _recorder(run: Run, config: RunConfig) -> Iterator[Record]:
+    """The function that writes an event to metrics.jsonl, which others follow; it does nothing on ranks but 0.
 
     The event "eval_rows" goes to eval_rows.jsonl; of earlier ones those stay whose evaluation is in the checkpoint.
     Writing raises RunFolderLostError when another run has taken the run folder.
     """
     if run.owner is None:
-        return lambda event, **fields: None, lambda: None
+        yield lambda event, **fields: None
+        return
     owner, eval_rows, path = run.owner, None, run.run_dir / EVAL_ROWS_FILE
     with owner.writing() as workspace:
         metrics = MetricsLog(run.run_dir, run.state.step + 1, workspace)
@@ -199,12 +207,13 @@ def _recorder(run: Run, config: RunConfig) -> tuple[Record, Callable[[], None]]:
             else:
                 metrics.write(event, **fields)
 
-    def close() -> None:
-        metrics.close()
-        if eval_rows is not None:
-            eval_rows.close()
-
-    return record, close
+    with followers(run.run_dir, config.report):
+        try:
+            yield record
+        finally:
+            metrics.close()
+            if eval_rows is not None:
+                eval_rows.close()
 
 
 def _due(step: int, every: int) -> bool:
@@ -279,5 +288,7 @@ def _largest(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, process_group.max_over_ranks(*values.values()), strict=True))
 
 
-def _peak_device_bytes() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+def _peak_memory() -> dict[str, float]:
+    """Of this rank so far: of its process, and of what torch has allocated on its device."""
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"peak_rss_bytes": peak_rss_bytes(), "peak_device_bytes": device}

@@ -44,6 +44,7 @@ from qvtune.train.data import (
     load_tokenizer,
     max_steps,
     row_order,
+    sample_rows,
     token_rows,
     with_labels,
 )
@@ -102,7 +103,7 @@ def preflight(
     config = with_labels(config, checks)
     found = _inspect(config, world_size, on_gpus, checks)
     rows = token_rows(config, found.tokenizer, checks, poll, poll_alone)
-    statistics = checks.run_on_main(partial(_statistics, config, rows, found.resume)) if TRAIN in rows else None
+    statistics = checks.run_on_main(partial(_statistics, config, rows, found)) if TRAIN in rows else None
     sharded = found.deepspeed_config is not None and found.deepspeed_config["zero_optimization"]["stage"] == 3
     prompts, room = _prompts(config, found, world_size if sharded and on_gpus is None else None, checks)
     checks.raise_all()
@@ -163,11 +164,13 @@ def _prompts(
     return prompts, room and f"{GENERATE}: {len(prompts)} prompts; {room}"
 
 
-def _statistics(config: RunConfig, rows: Mapping[str, Rows], resume: Path | None) -> dict[str, Any]:
-    """Of all rows; they must be those of the checkpoint's run. On rank 0."""
+def _statistics(config: RunConfig, rows: Mapping[str, Rows], inspected: "_Inspected") -> dict[str, Any]:
+    """Of all rows, which must be those of the checkpoint's run, with the first training rows as text. On rank 0."""
     found = data_statistics(config, rows)
-    if resume is not None:
+    if inspected.resume is not None:
         require_same_rows(Path(config.run_dir), found)
+    if inspected.tokenizer is not None:
+        found[TRAIN]["samples"] = sample_rows(config, rows[TRAIN], inspected.tokenizer)
     return found
 
 

@@ -28,7 +28,7 @@ from qvtune.train.data import TRAIN
 # Settings that may change between the starts of a run. They do not change the losses, or, like another number of steps
 # through the schedule, change them as asked for and logged. All others must stay the same.
 _FREE_SETTINGS = {
-    "": {"run_dir", "deepspeed", "checkpoint"},
+    "": {"run_dir", "deepspeed", "checkpoint", "report"},
     "train": {
         "max_steps",
         "epochs",

@@ -20,17 +20,27 @@ from qvtune.distributed import heartbeat, process_group
 from qvtune.errors import StopRequested
 from qvtune.train.early_stopping import followed_metric
 from qvtune.train.prepare import Run
+from qvtune.train.update_norms import update_norms
 
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What became of a checkpoint. ``failure``: why there is none."""
+
+    bytes: int
+    update_norms: dict[str, list[float]]
+    failure: str | None = None
+
+
 @dataclass
 class _Writing:
-    """A checkpoint that is being written. ``future``, on rank 0: its bytes, or why there is none."""
+    """A checkpoint that is being written; ``future`` is on rank 0 alone."""
 
     step: int
     blocked_seconds: float
-    future: "Future[tuple[int, str | None]] | None"
+    future: "Future[_Written] | None"
     is_told: bool = False
 
 
@@ -94,7 +104,7 @@ class Saves:
             result = one.future.result()
             one.blocked_seconds += monotonic() - started
             self._tell(one, result, say)
-            failure = result[1]
+            failure = result.failure
         failure, self._writing = process_group.broadcast_object(failure), None
         if failure is None:
             self._saved_step, self._num_failed = one.step, 0
@@ -118,27 +128,26 @@ class Saves:
         with owner.writing() as workspace:
             checkpoint_folder.mark_best(self._checkpoints, values, higher_is_better, workspace)
 
-    def _tell(self, one: _Writing, result: tuple[int, str | None], say: Say) -> None:
+    def _tell(self, one: _Writing, result: _Written, say: Say) -> None:
         if one.is_told:
             return
         one.is_told = True
-        size, failure = result
-        if failure is None:
+        if result.failure is None:
             say(f"step {one.step}: checkpoint {checkpoint_folder.step_folder(self._checkpoints, one.step)}")
-            self._record("checkpoint", step=one.step, bytes=size, blocked_seconds=one.blocked_seconds)
+            fields = {"bytes": result.bytes, "blocked_seconds": one.blocked_seconds}
+            norms = {"update_norms": result.update_norms} if result.update_norms else {}
+            self._record("checkpoint", step=one.step, **fields, **norms)
             return
-        most = self._config.checkpoint.max_failed_saves
-        say(f"step {one.step}: no checkpoint ({self._num_failed + 1} of checkpoint.max_failed_saves={most}): {failure}")
-        self._record("save_failed", step=one.step, problem=failure)
+        count = f"{self._num_failed + 1} of checkpoint.max_failed_saves={self._config.checkpoint.max_failed_saves}"
+        say(f"step {one.step}: no checkpoint ({count}): {result.failure}")
+        self._record("save_failed", step=one.step, problem=result.failure)
 
     @property
     def _checkpoints(self) -> Path:
         return self._run.run_dir / "checkpoints"
 
-    def _write(
-        self, owner: Owner, gathered: TrainedState, state: TrainerState, values: dict[int, float]
-    ) -> tuple[int, str | None]:
-        """On rank 0, in the background: the bytes of the checkpoint, or why there is none."""
+    def _write(self, owner: Owner, gathered: TrainedState, state: TrainerState, values: dict[int, float]) -> _Written:
+        """On rank 0, in the background."""
         peft_config = getattr(self._run.engine.module.model, "peft_config", {}).get("default")
 
         def write_files(folder: Path) -> None:
@@ -154,8 +163,8 @@ class Saves:
                 self._mark_best(owner, values)
                 checkpoint_folder.prune(self._checkpoints, self._config.checkpoint.keep, workspace)
         except OSError as error:
-            return 0, _why_not(error, self._checkpoints, gathered)
-        return size, None
+            return _Written(0, {}, _why_not(error, self._checkpoints, gathered))
+        return _Written(size, update_norms(gathered, self._config.adapter))
 
 
 def _why_not(error: OSError, checkpoints: Path, gathered: TrainedState) -> str:

@@ -12,6 +12,7 @@ from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.data.mixture import Rows
 from qvtune.data.spans import Span, documents_as_text
+from qvtune.report.data_sections import COUNTS
 from qvtune.train.data import TRAIN, RunData, data_statistics, load_data, row_order
 
 OPEN, CLOSE = "⟦", "⟧"  # around what has labels, for output without colours
@@ -20,19 +21,6 @@ _BAR_WIDTH = 16
 _EXCERPT_CHARACTERS = 60
 # Control characters would not be seen, or would control the terminal.
 _VISIBLE = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-_COUNTS = {  # a row of the table -> the field of the statistics
-    "rows": "rows",
-    "documents": "documents",
-    "tokens": "tokens",
-    "label tokens": "label_tokens",
-    "divided conversations": "split",
-    "truncated documents": "truncated",
-    "divided documents": "long_split",
-    "too long documents": "long_dropped",
-    "dropped documents": "dropped",
-    "rows of the source": "source_rows",
-    "skipped rows of the source": "skipped",
-}
 
 
 def show_batch(config: RunConfig, num_rows: int) -> None:
@@ -88,7 +76,7 @@ def _show_statistics(out: Console, config: RunConfig, data: RunData) -> None:
     """First all data sets side by side, then the lengths of the documents of each."""
     found = data_statistics(config, data.rows)
     table = _table("", *(Column(setting, justify="right") for setting in found))
-    for name, field in _COUNTS.items():
+    for name, field in COUNTS.items():
         table.add_row(name, *(f"{one[field]:,}" for one in found.values()))
     table.add_row("share of label tokens", *(f"{one['label_share']:.1%}" for one in found.values()))
     density = f"packing density: tokens / (rows * {config.data.max_length})"
