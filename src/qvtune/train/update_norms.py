@@ -16,12 +16,12 @@ def update_norms(state: TrainedState, adapter: AdapterSection) -> dict[str, list
     if not adapter.has_factors:
         return {}
     scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.method == "rslora" else adapter.rank)
-    factors: dict[str, dict[str, dict[str, str]]] = {}  # projection -> path of the module -> factor -> name
+    factors: dict[str, dict[str, dict[str, str]]] = {}  # projection -> path of the module -> A or B -> name
     for name in state:
-        projection, factor = group_and_factor(name)
-        if factor in ("A", "B"):
-            path = name.rpartition(".lora_")[0]
-            factors.setdefault(projection, {}).setdefault(path, {})[factor] = name
+        path, _, rest = name.rpartition(".lora_")
+        if rest.startswith(("A.", "B.")):
+            projection, _ = group_and_factor(name)
+            factors.setdefault(projection, {}).setdefault(path, {})[rest[0]] = name
     return {
         projection: [scale * _norm(state, one["A"], one["B"]) for one in modules.values()]
         for projection, modules in factors.items()
