@@ -2,10 +2,12 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +91,26 @@ def test_a_signal_before_there_is_a_stop_request_is_recorded(number: signal.Sign
     request = StopRequest()
     with pytest.raises(StopRequested, match=rf"stopped on request \({number.name}\)"):
         request.poll()
+    StopRequest().poll()
+
+
+def test_a_signal_that_was_taken_is_not_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that listens comes to it when it comes to run, here after the request."""
+    is_taken, is_late = threading.Event(), threading.Event()
+
+    def received_late(*details: Any) -> None:
+        assert is_taken.wait(10)
+        end_at_second_request(*details)
+        is_late.set()
+
+    monkeypatch.setattr(stop_signals, "end_at_second_request", received_late)
+    record_stop_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(StopRequested, match="SIGINT"):
+        StopRequest().poll()
+    is_taken.set()
+    assert is_late.wait(10)
+    time.sleep(0.05)  # in which it would record it
     StopRequest().poll()
 
 

@@ -1,6 +1,7 @@
 """Predictions against real runs, and extrapolated ones against simulations of all layers."""
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from transformers import LlamaConfig
 
 from qvtune.config.deepspeed import resolve_deepspeed
@@ -138,6 +140,24 @@ def test_extrapolated_is_what_all_layers_give(monkeypatch: pytest.MonkeyPatch) -
     assert extrapolated.gathered == pytest.approx(whole.gathered, rel=0.01)
     assert extrapolated.operations.total() == pytest.approx(whole.operations.total(), rel=0.01)
     assert flop_of(extrapolated) == flop_of(whole)
+
+
+def test_costs_do_not_depend_on_the_order_of_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps a layer's parameters in sets, whose order is that of addresses, and asks the first to gather."""
+
+    def costs_with(trained_first: bool) -> Costs:
+        class Ordered(set[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                def key(one: Any) -> tuple[bool, int]:
+                    return getattr(one, "requires_grad", False) is not trained_first, getattr(one, "ds_id", 0)
+
+                return iter(sorted(super().__iter__(), key=key))
+
+        costs.cache_clear()
+        monkeypatch.setattr(partitioned_param_coordinator, "set", Ordered, raising=False)
+        return costs("zero3", 2, checkpointing=True)
+
+    assert costs_with(trained_first=True) == costs_with(trained_first=False)
 
 
 def test_a_shard_of_many_ranks_is_that_share_of_the_base() -> None:

@@ -24,14 +24,16 @@ _recorded: dict[signal.Signals, float] = {}  # the first of each kind
 
 
 def record_stop_signals() -> None:
-    """Record stop signals from now on. A second request ends the process at once, as with ``StopRequest``."""
+    """Record stop signals from now on. A second request ends the process at once, as with ``StopRequest``.
+
+    The handler records them, in the main thread, which also takes them. The thread that listens may come to a signal
+    after it has been taken, and would record it once more: as a request to the next run.
+    """
     first_seconds: dict[signal.Signals, float] = {}
-
-    def received(number: signal.Signals, seconds: float) -> None:
-        end_at_second_request(first_seconds, number, seconds)
-        _recorded.setdefault(number, seconds)
-
-    listen(received, lambda number: _recorded.setdefault(number, time.monotonic()))
+    listen(
+        lambda number, seconds: end_at_second_request(first_seconds, number, seconds),
+        lambda number: _recorded.setdefault(number, first_seconds.get(number, time.monotonic())),
+    )
 
 
 def take_recorded() -> dict[signal.Signals, float]:

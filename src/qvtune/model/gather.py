@@ -1,4 +1,4 @@
-"""Gathering and releasing frozen ZeRO-3 parameters with less Python than DeepSpeed's own way.
+"""Gathering ZeRO-3 parameters, and releasing frozen ones, with less Python than DeepSpeed's own way.
 
 DeepSpeed asks a parameter itself to be gathered, together with others, and to be released. It then handles the parts of
 all ranks one by one, for each parameter: 512 parts on 512 GPUs. Here all parts are copied at once, and since a frozen
@@ -16,24 +16,36 @@ from qvtune.distributed import process_group
 def use_short_gather(parameter: Any) -> None:
     """Let a frozen parameter, as DeepSpeed has made it, be gathered by ``ShortGather`` and released at once.
 
-    Not where DeepSpeed shards it a second time (hpZ). Which parameter of several DeepSpeed asks differs between ranks:
-    what this one sends is, bit for bit, what DeepSpeed's own coalesced gather sends.
+    Not where DeepSpeed shards it a second time (hpZ).
     """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 
     if parameter.ds_zero_param_process_group is not None or process_group.world_size() == 1:
         return
 
-    def all_gather_coalesced(parameters: Iterable[Any], **_: Any) -> ShortGather:
-        return ShortGather(sorted(parameters, key=lambda one: one.ds_id))
-
     def partition(*_: Any, **__: Any) -> None:
         assert parameter.ds_status is not ZeroParamStatus.INFLIGHT, parameter.ds_summary()
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             free_param(parameter)
 
-    parameter.all_gather_coalesced = all_gather_coalesced
+    parameter.all_gather_coalesced = _gather_coalesced
     parameter.partition = partition
+
+
+def use_one_gather(parameters: Iterable[Any]) -> None:
+    """Let all parameters of a model be gathered by ``ShortGather`` if the frozen ones are.
+
+    DeepSpeed asks any one of the parameters that it needs together, the first of a set, which differs from run to run.
+    If trained ones gathered in DeepSpeed's own way, so would what buffers are kept, and the peak of memory.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "all_gather_coalesced")]
+    if any(parameter.all_gather_coalesced is _gather_coalesced for parameter in sharded):
+        for parameter in sharded:
+            parameter.all_gather_coalesced = _gather_coalesced
+
+
+def _gather_coalesced(parameters: Iterable[Any], **_: Any) -> "ShortGather":
+    return ShortGather(sorted(parameters, key=lambda one: one.ds_id))
 
 
 class ShortGather:

@@ -6,6 +6,7 @@ from torch import nn
 
 from qvtune.config.deepspeed import LayerSizes
 from qvtune.model.adapters import transformers_model
+from qvtune.model.gather import use_one_gather
 from qvtune.model.nf4 import NF4Linear
 from qvtune.model.run_ahead import limit_run_ahead
 from qvtune.model.short_lookups import shorten_lookups
@@ -55,6 +56,7 @@ def hook_layers(engine: Any) -> None:
         return
     from deepspeed.utils import z3_leaf_module
 
+    use_one_gather(objective.parameters())
     layers = decoder_layers(objective)
     if "leaf_module" in zero:
         # DeepSpeed reduces the gradients of a leaf module when those of its inputs are there. Where no input has one
