@@ -69,13 +69,16 @@ def next_cells(search: Search, results: Results) -> list[Trial] | Verdict:
     trials = next_trials(search, results)
     if trials:
         return trials
-    verdict = judge(search, results, SEEDS)
-    seeds = SEEDS + verdict.more_seeds
-    if verdict.kind != "not decided" or seeds > search.most_seeds:
-        return verdict
-    more = search.trials((verdict.equal, verdict.other), FULL, range(SEEDS, seeds))
-    missing = [trial for trial in more if trial.name not in results]
-    return missing or judge(search, results, seeds)
+    seeds = SEEDS
+    while True:
+        verdict = judge(search, results, seeds)
+        seeds += verdict.more_seeds
+        if verdict.kind != "not decided" or seeds > search.most_seeds:
+            return verdict
+        more = search.trials((verdict.equal, verdict.other), FULL, range(SEEDS, seeds))
+        missing = [trial for trial in more if trial.name not in results]
+        if missing:
+            return missing
 
 
 def judge(search: Search, results: Results, seeds: int) -> Verdict:
