@@ -210,6 +210,17 @@ def test_a_set_given_by_its_rank_counts_where_its_count_is_the_same(tmp_path: Pa
     write_report(folder)
 
 
+@pytest.mark.parametrize(("rates", "edge"), [((1e-3, 4e-3, 8e-3), ""), ((1e-3, 2e-3, 4e-3), "highest"), ((4e-3,), "")])
+def test_a_best_rate_at_the_edge_of_the_grid_is_said_to_be_there(tmp_path: Path, rates: Any, edge: str) -> None:
+    """``by_rates``: 4e-3 is the best for q alone."""
+    found = [cell(projections="q", learning_rate=rate, seed=seed) for rate in rates for seed in range(4)]
+    study = make_study(tmp_path / "glue", found)
+    write_report(study)
+    (row,) = read_csv(study, "results")
+    assert (float(row["learning_rate"]), row["edge_of_grid"]) == (4e-3, edge)
+    assert ("highest rate of the grid" in (study / "report.md").read_text()) == bool(edge)
+
+
 def test_forgetting_is_the_change_on_the_other_set(study: Path) -> None:
     found = runs(study)
     rows = read_csv(study, "forgetting")

@@ -147,7 +147,17 @@ def _cell(found: Sequence[Result], metric: str, value: Spread, mark: Mark) -> Va
     notes = [f"eta_QK {best[0].eta_qk:g}, n {len(best)}"]
     notes += [f"{lost} of {len(same)} seeds missing"] if (lost := len(same) - len(best)) else []
     notes += [f"{bad} of {len(found)} cells failed"] if (bad := sum(one.state == "failed" for one in found)) else []
+    notes += [f"the {edge} rate of the grid"] if (edge := edge_of(found)) else []
     return Value(shown(metric, value), "\n".join(notes), mark)
+
+
+def edge_of(results: Sequence[Result]) -> str:
+    """``lowest`` or ``highest``, where the best learning rate is such among those tried with its lambda; else empty."""
+    best = at_best(results)
+    if not best:
+        return ""
+    rates = sorted({one.eta_qk for one in results if one.state == "done" and one.ratio == best[0].ratio})
+    return {rates[0]: "lowest", rates[-1]: "highest"}.get(best[0].eta_qk, "") if len(rates) > 1 else ""
 
 
 def _short(text: str) -> str:
@@ -165,6 +175,7 @@ def _csv_row(found: Sequence[Result], metric: str, evaluation_set: str, value: S
         **dict(found[0].family),
         "ratio": found[0].ratio,
         "learning_rate": best[0].eta_qk if best else None,
+        "edge_of_grid": edge_of(found),
         "mean": value.mean,
         "standard_deviation": value.deviation,
         "seeds": value.count,
@@ -235,7 +246,11 @@ def importance_table(results: Sequence[Result]) -> tuple[Table, Rows] | None:
                     continue
                 marked = marks([value.mean for value in values.values()], first.higher_is_better)
                 cells = [
-                    Value(shown(first.metric, values[name]), _importance_note(chosen[name], choice), mark)
+                    Value(
+                        shown(first.metric, values[name]),
+                        _importance_note(chosen[name], sets.get(name, []), choice),
+                        mark,
+                    )
                     for name, mark in zip(columns, marked, strict=True)
                 ]
                 table_rows.append([f"{task}, {title(first.metric)}", group, choice, *cells])
@@ -250,13 +265,14 @@ def importance_table(results: Sequence[Result]) -> tuple[Table, Rows] | None:
     return Table(heading, ["task", "size", "lambda", *columns], table_rows, num_labels=3), rows
 
 
-def _importance_note(found: Sequence[Result], choice: str) -> str:
+def _importance_note(found: Sequence[Result], all_rates: Sequence[Result], choice: str) -> str:
     if not found:
         return ""
     counts = parameter_counts(found)
     notes = [f"{counts[0][0]:,} parameters"] if counts else []
     notes += [f"lambda {found[0].ratio:g}"] if choice == "best lambda" else []
-    return "\n".join([*notes, f"eta_QK {found[0].eta_qk:g}"])
+    edge = edge_of([one for one in all_rates if one.ratio == found[0].ratio])
+    return "\n".join([*notes, f"eta_QK {found[0].eta_qk:g}", *([f"the {edge} rate of the grid"] if edge else [])])
 
 
 def forgetting_table(results: Sequence[Result]) -> tuple[Table, Rows] | None:
