@@ -26,7 +26,6 @@ NOT_LOCKED = {"torch", "llm", "llama-cpp-python"}
 USED_BY_OTHERS = {
     "jinja2": "transformers renders chat templates with it",
     "setuptools": "torch compiles DeepSpeed's CPU collectives with it",
-    "tensorboard": "torch.utils.tensorboard writes with it",
 }
 
 
@@ -169,7 +168,7 @@ def imports_of(file: Path) -> Iterator[str]:
 def test_what_is_imported_is_required_and_the_other_way_round() -> None:
     imported = imported_distributions()
     assert "torch" in imported
-    assert sorted(imported - requirements("demo", "cuda", "study").keys()) == []
+    assert sorted(imported - requirements("demo", "cuda", "study", "trackers").keys()) == []
     assert sorted(requirements().keys() - imported - USED_BY_OTHERS.keys()) == []
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -25,8 +24,6 @@ _CHANGES = ("os.rename", "os.mkdir", "os.symlink", "os.remove", "os.rmdir", "shu
 
 @pytest.fixture(autouse=True)
 def _light(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # TensorBoard's files bear the process id in their names: no process writes into another's.
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Mock())
     monkeypatch.setattr(run_folder, "environment", lambda hosts: {})  # asks git
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug here
 
@@ -39,7 +36,7 @@ def write_run(run_dir: Path, resume: str, mark: str, before_append: Callable[[],
     _, owner, _ = open_run_folder(config, {"mark": mark}, {})
     assert owner is not None
     with owner.writing() as workspace:
-        metrics = MetricsLog(run_dir, 1, workspace)
+        metrics = MetricsLog(run_dir, workspace)
     trainer = TrainerState(trajectory=trajectory_settings(config))
     for step in (1, 2, 3):
 

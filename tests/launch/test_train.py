@@ -16,6 +16,7 @@ from tests.launch.conftest import TRAIN, train, train_forked, without_gpu
 from tests.support.lab import Lab
 
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
+REPORTS = ("report.html=true", "report.trackers=[tensorboard]")
 PEAKS = {"peak_rss_bytes", "peak_device_bytes"}
 FIELDS = {
     "run_start": {"step", "max_steps", "world_size", "resumed_from", "trained_parameters"},
@@ -63,7 +64,7 @@ def run(request: pytest.FixtureRequest) -> str:
 
 
 def _complete(lab: Lab, launcher: str) -> str:
-    ended = train(lab, launcher, launcher, "checkpoint.resume=never", "report.html=true")
+    ended = train(lab, launcher, launcher, "checkpoint.resume=never", *REPORTS)
     assert ended.code == 0, ended.output
     return launcher
 

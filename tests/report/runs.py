@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
+import time as clock
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,17 @@ def merge_report(run_dir: Path) -> None:
     losses = {"label_tokens": 560, "before": 3.02, "adapted": 2.51, "merged": 2.51}
     report = {"format": "merged", "step": 20, "updates": updates, "proof": proof, "losses": losses}
     write_json(run_dir / "merged" / "merge_report.json", report)
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Until it is so. Raises AssertionError after ``seconds``."""
+    deadline = clock.monotonic() + seconds
+    while not is_so():
+        assert clock.monotonic() < deadline
+        clock.sleep(0.05)
+
+
+def append(run_dir: Path, *entries: dict[str, object]) -> None:
+    """Further events of a run."""
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)

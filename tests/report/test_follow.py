@@ -1,43 +1,29 @@
 """The process that keeps report.html up to date while a run goes on."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qvtune.config.report import ReportSection
 from qvtune.report import followers as followers_module
-from qvtune.report.follow import ReportFollower, follow
 from qvtune.report.followers import followers
 from qvtune.report.history import METRICS
-from qvtune.report.json_lines import JsonLinesReader
-from tests.report.runs import events, step, write_run
+from qvtune.report.keep_page import PageKeeper, keep_page
+from tests.report.runs import append, events, step, wait_for, write_run
 
 REPORT = "report.html"
-
-
-def wait_for(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+PAGE = ReportSection(trackers=())
 
 
 def shows(run_dir: Path, text: str) -> bool:
     page = run_dir / REPORT
     return page.exists() and text in page.read_text(encoding="utf-8")
-
-
-def append(run_dir: Path, *entries: dict[str, object]) -> None:
-    with (run_dir / METRICS).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 @pytest.fixture
@@ -46,14 +32,14 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_there_from_the_start_and_complete_at_the_end(run_dir: Path) -> None:
-    with followers(run_dir, ReportSection()):
+    with followers(run_dir, PAGE):
         wait_for(lambda: shows(run_dir, "running: step 10 of 10"))
         append(run_dir, {"event": "run_end", "time": time.time(), "step": 10, "reason": "stopped"})
     assert shows(run_dir, "stopped on request after a complete checkpoint")
 
 
 def test_a_run_that_fails_has_a_page_that_says_so(run_dir: Path) -> None:
-    with pytest.raises(RuntimeError, match="the run's own"), followers(run_dir, ReportSection()):
+    with pytest.raises(RuntimeError, match="the run's own"), followers(run_dir, PAGE):
         raise RuntimeError("the run's own")
     assert shows(run_dir, "ended before its end")
 
@@ -65,7 +51,7 @@ import time
 from pathlib import Path
 from qvtune.config.report import ReportSection
 from qvtune.report.followers import followers
-with followers(Path({str(run_dir)!r}), ReportSection()):
+with followers(Path({str(run_dir)!r}), ReportSection(trackers=())):
     time.sleep(600)
 """
     run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -90,7 +76,7 @@ def test_a_follower_that_hangs_ends_by_itself_and_is_named(
     os.mkfifo(run_dir / "logs" / "hang-1.json")  # reading it waits for a writer for ever
     monkeypatch.setattr("qvtune.report.followers._GRACE_SECONDS", 30.0)
     started = time.monotonic()
-    with followers(run_dir, ReportSection(wait_seconds=1)):
+    with followers(run_dir, ReportSection(trackers=(), wait_seconds=1)):
         pass
     assert time.monotonic() - started < 20
     output = capfd.readouterr().out
@@ -104,13 +90,13 @@ def test_a_follower_that_cannot_be_started_is_said(
         raise OSError("Cannot allocate memory")
 
     monkeypatch.setattr(followers_module.subprocess, "Popen", fails)
-    with followers(run_dir, ReportSection()):
+    with followers(run_dir, PAGE):
         pass
     assert "report.html: its process cannot be started (Cannot allocate memory)" in capfd.readouterr().out
 
 
 def test_without_the_setting_nothing_is_started(run_dir: Path) -> None:
-    with followers(run_dir, ReportSection(html=False)):
+    with followers(run_dir, ReportSection(html=False, trackers=())):
         pass
     assert not (run_dir / REPORT).exists()
 
@@ -128,9 +114,9 @@ def test_what_the_disk_refuses_is_said_once_and_tried_again(
         if is_full[0]:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr("qvtune.report.follow.write_report", write)
-    monkeypatch.setattr("qvtune.report.follow._LOOK_SECONDS", 0.0)
-    follow(JsonLinesReader(run_dir / METRICS), ReportFollower(run_dir), ended, REPORT)
+    monkeypatch.setattr("qvtune.report.keep_page.write_report", write)
+    monkeypatch.setattr("qvtune.report.keep_page._LOOK_SECONDS", 0.0)
+    keep_page(run_dir, ended)
     assert looks == [True, True, True, False]
     assert capfd.readouterr().out.count("report.html: No space left on device") == 1
 
@@ -143,31 +129,35 @@ def test_pages_are_so_seldom_that_they_take_little_time(run_dir: Path, monkeypat
         written.append(clock[0])
         clock[0] += 0.5
 
-    monkeypatch.setattr("qvtune.report.follow.write_report", write)
-    monkeypatch.setattr("qvtune.report.follow.time.monotonic", lambda: clock[0])
-    follower = ReportFollower(run_dir)
+    monkeypatch.setattr("qvtune.report.keep_page.write_report", write)
+    monkeypatch.setattr("qvtune.report.keep_page.time.monotonic", lambda: clock[0])
+    follower = PageKeeper(run_dir)
     for second in range(120):
         clock[0] = max(clock[0], float(second))
         follower.receive([step(second + 1, 0.0)])
-        follower.rest(is_over=False)
+        follower.write(is_over=False)
     assert written == [0.0, 50.0, 100.0]
-    follower.rest(is_over=True)
+    follower.write(is_over=True)
     assert len(written) == 4
 
 
 def test_a_page_without_news_is_not_written_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[object] = []
-    monkeypatch.setattr("qvtune.report.follow.write_report", lambda *args, **options: written.append(options))
-    monkeypatch.setattr("qvtune.report.follow._LEAST_SECONDS", 0.0)
-    follower = ReportFollower(run_dir)
+    monkeypatch.setattr("qvtune.report.keep_page.write_report", lambda *args, **options: written.append(options))
+    monkeypatch.setattr("qvtune.report.keep_page._LEAST_SECONDS", 0.0)
+    follower = PageKeeper(run_dir)
     for _ in range(5):
-        follower.rest(is_over=False)
+        follower.write(is_over=False)
     assert written == [{"is_alive": True}]
 
 
-def test_a_follower_of_an_earlier_run_leaves_the_folder_alone(run_dir: Path) -> None:
-    reader, ended = JsonLinesReader(run_dir / METRICS), threading.Event()
-    (run_dir / "new").write_text("")
-    (run_dir / "new").replace(run_dir / METRICS)  # as a run does that takes the folder
-    follow(reader, ReportFollower(run_dir), ended, REPORT)
+def test_a_follower_of_an_earlier_run_leaves_the_folder_alone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run takes the folder while this one reads."""
+
+    def taken(keeper: PageKeeper, entries: object) -> None:
+        (run_dir / "new").write_text("")
+        (run_dir / "new").replace(run_dir / METRICS)
+
+    monkeypatch.setattr(PageKeeper, "receive", taken)
+    keep_page(run_dir, threading.Event())
     assert not (run_dir / REPORT).exists()

@@ -5,13 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qvtune.report.metrics import MetricsLog, read_metrics
 
 
 def test_events_come_back_in_order(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, first_step=1)
+    log = MetricsLog(tmp_path)
     before = time.time()
     log.write("run_start", step=0)
     for step in (1, 2):
@@ -26,7 +25,7 @@ def test_events_come_back_in_order(tmp_path: Path) -> None:
 
 
 def test_a_line_is_there_when_write_returns(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, first_step=1)
+    log = MetricsLog(tmp_path)
     log.write("step", step=1, loss=2.5)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] == 2.5
@@ -36,7 +35,7 @@ def test_a_line_is_there_when_write_returns(tmp_path: Path) -> None:
 def test_of_a_step_that_was_run_twice_the_last_counts(tmp_path: Path) -> None:
     """A crash after step 4, a resume from the checkpoint of step 2."""
     for first_step, last_step in ((1, 4), (3, 5)):
-        log = MetricsLog(tmp_path, first_step)
+        log = MetricsLog(tmp_path)
         log.write("run_start", step=first_step - 1)
         for step in range(first_step, last_step + 1):
             log.write("step", step=step, loss=10.0 * first_step + step)
@@ -54,12 +53,12 @@ def test_of_a_step_that_was_run_twice_the_last_counts(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_crash_cut_off_is_removed(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, first_step=1)
+    log = MetricsLog(tmp_path)
     log.write("step", step=1, loss=2.5)
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "st')
-    log = MetricsLog(tmp_path, first_step=2)
+    log = MetricsLog(tmp_path)
     log.write("step", step=2, loss=1.5)
     log.close()
     assert [entry["step"] for entry in read_metrics(tmp_path, "step")] == [1, 2]
@@ -68,27 +67,6 @@ def test_a_line_that_a_crash_cut_off_is_removed(tmp_path: Path) -> None:
 def test_a_line_that_is_not_complete_yet_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "step", "st', encoding="utf-8")
     assert [one["step"] for one in read_metrics(tmp_path, "step")] == [1]
-
-
-def test_tensorboard_gets_the_numbers_of_steps_evaluations_and_generations(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, first_step=1)
-    log.write("run_start", step=0)
-    log.write("step", step=1, loss=2.5, lr={"q": 0.125, "v": 0.5})
-    log.write("eval", step=1, loss=2.25, sets={"a": {"loss": 2.25}, "b": {"loss": 3.0}})
-    log.write("generation", step=1, exact_match=0.5, answers=[{"answer": "yes"}])
-    log.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    values = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    assert values == {
-        "step/loss": [(1, 2.5)],
-        "step/lr/q": [(1, 0.125)],
-        "step/lr/v": [(1, 0.5)],
-        "eval/loss": [(1, 2.25)],
-        "eval/sets/a/loss": [(1, 2.25)],
-        "eval/sets/b/loss": [(1, 3.0)],
-        "generation/exact_match": [(1, 0.5)],
-    }
 
 
 def test_without_a_file_there_is_nothing_to_read(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ WARM = (
     "peft",
     "safetensors.torch",
     "torch.distributed",
-    "torch.utils.tensorboard",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",

@@ -46,7 +46,7 @@ class Lab:
             "schedule": {"warmup_ratio": 0.3, "min_ratio": 0.1},
             "data": {"train": str(self.folder / "train.jsonl"), "max_length": 64},
             "train": {"max_steps": MAX_STEPS, "global_batch_size": 6},
-            "report": {"html": False},  # a process for each of many runs
+            "report": {"html": False, "trackers": []},  # each is a process, and there are many runs
         }
         for path, value in changes.items():
             section, _, key = path.rpartition("__")

@@ -103,7 +103,7 @@ def test_the_run_stops_when_too_many_in_a_row_have_failed(tmp_path: Path, monkey
 
 
 def test_lines_of_the_record_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = MetricsLog(tmp_path, 1)
+    log = MetricsLog(tmp_path)
     with files_of_at_most(4000):
         for step in range(100):
             log.write("step", step=step, loss=0.5)

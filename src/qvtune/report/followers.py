@@ -1,4 +1,4 @@
-"""Starts and ends the processes that follow a run: what keeps its report up to date."""
+"""Starts and ends the processes that follow a run: one keeps its report up to date, and one feeds each tracker."""
 
 import os
 import subprocess
@@ -25,12 +25,12 @@ def followers(run_dir: Path, settings: ReportSection) -> Iterator[None]:
 
     At its end they get ``settings.wait_seconds`` to finish. What goes wrong with them is said, and does nothing else.
     """
-    names = [REPORT] if settings.html else []
+    names = [*([REPORT] if settings.html else []), *settings.trackers]
     processes = {name: process for name in names if (process := _start(name, run_dir, settings)) is not None}
     try:
         yield
     finally:
-        with heartbeat.unlimited("wait for the report of the run"):
+        with heartbeat.unlimited("wait for the report and the trackers of the run"):
             _end(processes, run_dir, settings)
 
 
@@ -38,7 +38,8 @@ def _start(name: str, run_dir: Path, settings: ReportSection) -> _Process | None
     command = [sys.executable, "-P", "-m", "qvtune.report.follow", name, str(run_dir), str(os.getpid())]
     try:
         with blocked_for_children():
-            return subprocess.Popen([*command, str(settings.wait_seconds)], stdin=subprocess.PIPE, bufsize=0)
+            own = [str(settings.wait_seconds), settings.project]
+            return subprocess.Popen([*command, *own], stdin=subprocess.PIPE, bufsize=0)
     except OSError as error:
         console().print(f"{name}: its process cannot be started ({error}); the run goes on without", markup=False)
         return None
@@ -57,6 +58,9 @@ def _end(processes: dict[str, _Process], run_dir: Path, settings: ReportSection)
         except subprocess.TimeoutExpired:  # it waits for a disk
             code = None
         if code != 0:
-            how = "has not ended" if code is None else f"ended with code {code}"
-            again = f"python -m qvtune.report {run_dir}"
-            console().print(f"{name}: its process {how}; it may be incomplete: {again} writes it", markup=False)
+            how = "has not ended in time" if code is None else f"ended with code {code}"
+            command = f"python -m qvtune.report {run_dir}"
+            rest = f"it may be incomplete; to write it: {command}"
+            if name != REPORT:
+                rest = f"it may not have everything; the rest is sent at the next start, or by {command} --send {name}"
+            console().print(f"{name}: its process {how}; {rest}", markup=False, soft_wrap=True)

@@ -72,12 +72,11 @@ def read_run(run_dir: Path, history: History | None = None, *, is_alive: bool | 
 
     Raises UserError where the folder is none of a run, or one of its files is damaged.
     """
-    if not (run_dir / METRICS).is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no {METRICS}; give the run_dir of a run")
+    require_run(run_dir)
     try:
         return RunRecord(
             run_dir=run_dir,
-            config=_read(run_dir / "config.yaml"),
+            config=read_settings(run_dir),
             deepspeed=_read(run_dir / "deepspeed.json"),
             data=_read(run_dir / "data.json"),
             environment=_read(run_dir / "environment.json"),
@@ -103,6 +102,17 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
     if problems:
         raise UserError(problems)
     return records
+
+
+def require_run(run_dir: Path) -> None:
+    """Raises UserError where the folder is none of a run."""
+    if not (run_dir / METRICS).is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no {METRICS}; give the run_dir of a run")
+
+
+def read_settings(run_dir: Path) -> Values:
+    """config.yaml; empty where there is none."""
+    return _read(run_dir / "config.yaml")
 
 
 def _read(path: Path) -> Values:

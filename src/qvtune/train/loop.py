@@ -195,7 +195,7 @@ def _recorder(run: Run, config: RunConfig) -> Iterator[Record]:
         return
     owner, eval_rows, path = run.owner, None, run.run_dir / EVAL_ROWS_FILE
     with owner.writing() as workspace:
-        metrics = MetricsLog(run.run_dir, run.state.step + 1, workspace)
+        metrics = MetricsLog(run.run_dir, workspace)
         if config.train.eval_rows or path.exists():
             eval_rows = JsonLines(path, workspace, lambda entry: entry["step"] in run.state.evaluations)
 

@@ -27,6 +27,7 @@ from qvtune.model.skeleton import require_forward
 from qvtune.model.source import cached_model_folder, model_folder
 from qvtune.model.whole import cache_bytes, free_on_device, require_room
 from qvtune.optim.groups import parameter_groups
+from qvtune.report.trackers.tracker import require_trackers
 from qvtune.tasks import get_task
 from qvtune.tasks.task import Task
 from qvtune.train.checks import Checks
@@ -206,6 +207,7 @@ def _inspect(
     name = str(dtype).removeprefix("torch.")
     deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
     checks.run(lambda: _check_nan_check(config, deepspeed_config))
+    checks.run(lambda: require_trackers(config.report))
     resume = checks.run_on_main(lambda: find_resume(config))
     folder = find_base(config, checks, find_model)
     model = tokenizer = None
