@@ -1,5 +1,6 @@
 """What is refused before anything is loaded or written: everything that is wrong, in one message."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -382,3 +383,11 @@ def test_a_model_whose_forward_fails_is_refused_before_it_is_read(tmp_path: Path
     (found,) = find_problems(make_config(model__name_or_path=str(folder)), 1)
     assert found.startswith(f"model.name_or_path: {folder}/config.json: transformers cannot run its forward: Runtime")
     assert "The model itself fails (llama), without training" in found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
+def test_a_tracker_without_its_package_is_found_with_all_other_problems(make_config: MakeConfig) -> None:
+    problems = find_problems(
+        make_config(report={"trackers": ["wandb"]}, deepspeed="no_such.json"), world_size=1, on_gpus=False
+    )
+    assert len(problems) == 2 and any("report.trackers: wandb" in one for one in problems)
