@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qvtune.config.load import load_config
 from qvtune.data.statistics import Statistics
 from tests.launch.conftest import TRAIN, train, train_forked, without_gpu
+from tests.support.browser import look_at, require_chromium
 from tests.support.lab import Lab
 
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
@@ -148,6 +149,13 @@ def test_the_report_is_finished(lab: Lab, run: str) -> None:
         "Starts and faults",
     ):
         assert part in html, part
+
+
+def test_the_report_is_shown_in_a_browser(lab: Lab, python: str) -> None:
+    require_chromium()
+    seen = look_at(lab.run_dir(python) / "report.html")
+    assert seen.requests == [] and seen.problems == [] and seen.clipped == [] and seen.overflow == 0
+    assert seen.drawn >= 8
 
 
 def test_peft_loads_the_checkpoint_as_it_is(lab: Lab, run: str) -> None:

@@ -1,6 +1,5 @@
 """report.html in Chromium. QVTUNE_REQUIRE_BROWSER=1: where it is missing the tests fail instead of being skipped."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,14 @@ from qvtune.report.compare_page import compare_page
 from qvtune.report.run_page import write_page, write_report
 from qvtune.report.run_record import read_runs
 from tests.report.runs import answers, events, merge_report, write_run
-from tests.support.browser import Seen, chromium, look_at
+from tests.support.browser import Seen, look_at, require_chromium
 
 PNG = b"\x89PNG"
 
 
 @pytest.fixture(autouse=True)
 def _browser() -> None:
-    if chromium() is None:
-        wanted = os.environ.get("QVTUNE_REQUIRE_BROWSER") == "1"
-        (pytest.fail if wanted else pytest.skip)("Chromium is not installed (Debian package chromium)")
+    require_chromium()
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TIMEOUT_SECONDS = 400
 _OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
 _QUIET = (
@@ -57,6 +59,13 @@ class Seen:
 def chromium() -> str | None:
     """The path of the browser (Debian package chromium), or None."""
     return shutil.which("chromium")
+
+
+def require_chromium() -> None:
+    """Skip the test where there is no browser; with QVTUNE_REQUIRE_BROWSER=1 fail it."""
+    if chromium() is None:
+        wanted = os.environ.get("QVTUNE_REQUIRE_BROWSER") == "1"
+        (pytest.fail if wanted else pytest.skip)("Chromium is not installed (Debian package chromium)")
 
 
 def look_at(page: Path, width: int = 1400, height: int | None = None) -> Seen:
