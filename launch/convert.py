@@ -6,11 +6,11 @@ Example:
 
 Writes one ordinary Hugging Face folder, and only if it computes what base and adapter compute (merge_report.json); or,
 with --format, the adapter alone for PEFT, a merged folder in 4 bits, or a file for llama.cpp. If it was interrupted
-(killed, a full disk), the same command resumes.
+(killed, a full disk), the same command resumes. --check-with also compares the tokens that a reader of DIR generates.
 
 Exit codes:
   0  written and proved
-  1  the proof failed; nothing was written
+  1  the proof failed, or the reader of --check-with differs; nothing was written
   2  the input or the command line is wrong
 """
 
@@ -18,10 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, FormatName
+from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, FormatName, ReaderName
 from qvtune.console import command_parser
+from qvtune.convert.readers import require_reader
 from qvtune.convert.sources.kinds import require_source
 from qvtune.distributed.command import run_alone
+from qvtune.errors import Problems
 from qvtune.system import heavy_imports
 
 
@@ -50,12 +52,19 @@ def main() -> int:
     parser.add_argument("--num-threads", type=int, metavar="N", help="tensors in parallel; default number of cores")
     parser.add_argument("--base", metavar="FOLDER_OR_ID", help="the base model, if it is not where INPUT says")
     parser.add_argument("--allow-pickle", action="store_true", help="open .bin and DeepSpeed's .pt, as tensors only")
+    parser.add_argument(
+        "--check-with", choices=get_args(ReaderName), help="read DIR with it, and compare greedy tokens"
+    )
     options = vars(parser.parse_args())
     return run_alone(lambda: _convert(options))
 
 
 def _convert(options: dict[str, Any]) -> None:
-    require_source(options["source"])
+    problems = Problems()
+    problems.attempt(lambda: require_source(options["source"]))
+    if options["check_with"] is not None:
+        problems.attempt(lambda: require_reader(options["check_with"], options["format"]))
+    problems.raise_all()
     with heavy_imports():
         from qvtune.convert.convert import convert  # torch: seconds
     convert(**options)

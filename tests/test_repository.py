@@ -168,7 +168,7 @@ def imports_of(file: Path) -> Iterator[str]:
 def test_what_is_imported_is_required_and_the_other_way_round() -> None:
     imported = imported_distributions()
     assert "torch" in imported
-    assert sorted(imported - requirements("demo", "cuda", "study", "trackers").keys()) == []
+    assert sorted(imported - requirements("demo", "cuda", "study", "trackers", "readers").keys()) == []
     assert sorted(requirements().keys() - imported - USED_BY_OTHERS.keys()) == []
 
 

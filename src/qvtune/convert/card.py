@@ -134,6 +134,7 @@ def _proof(report: MergeReport) -> str:
         f"{names[name]}: top-1 agreement {difference.top1_agreement:.2%}, KL {difference.mean_kl:.1e} nats"
         for name, difference in report.from_training.items()
     ]
+    lines += [] if report.check is None else [report.check.summary()]
     lines += [f"warning: {warning}" for warning in report.warnings]
     return f"{_bullets(lines)}\n\nEvery number is in `merge_report.json`."
 

@@ -4,12 +4,12 @@ import importlib.metadata
 import os
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qvtune
-from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, FormatName
+from qvtune.config.outputs import MERGED_SHARD_BYTES, BaseChoice, DtypeChoice, FormatName, ReaderName
 from qvtune.console import console
 from qvtune.convert.conversion import Conversion, open_conversion
 from qvtune.convert.formats import OutputFormat, output_format
@@ -24,6 +24,7 @@ from qvtune.system import keep_no_large_blocks, return_freed_memory
 if TYPE_CHECKING:  # imported where they are used: they bring transformers, which the merge itself does without
     from qvtune.convert.proof.layers import LayeredModel
     from qvtune.convert.proof.proof import Result
+    from qvtune.convert.readers.check import ReaderCheck
     from qvtune.convert.report import MergeReport
 
 _VERSIONS = ("bitsandbytes", "peft", "safetensors", "torch", "transformers")
@@ -41,6 +42,7 @@ def convert(
     base: str | None = None,
     allow_pickle: bool = False,
     format: FormatName = "merged",
+    check_with: ReaderName | None = None,
 ) -> "MergeReport":
     """Merge the adapter of a checkpoint into its base; ``output`` then loads with ``AutoModelForCausalLM``.
 
@@ -54,8 +56,12 @@ def convert(
     ``proof_rows``: rows of the run's evaluation data that are compared as well (None: 8 where they can be found).
     ``num_threads`` None: as many as this process has cores; the bytes do not depend on it.
 
+    ``check_with``: a reader whose greedy tokens, with ``output`` loaded in a process of its own, must be those of what
+    was written (``qvtune.convert.readers``).
+
     A start with the arguments of one that was cut off goes on where that one was. Raises UserError for what cannot be
-    merged, ProofError where the proof fails; ``output`` does not appear then.
+    merged, ProofError where the proof fails, ReaderError where the reader fails or differs; ``output`` does not appear
+    then, but the next start goes on from what was written for the reader.
     """
     started = time.monotonic()
     keep_no_large_blocks()
@@ -68,6 +74,8 @@ def convert(
         conversion = open_conversion(opened, chosen.PREFERS, dtype, allow_pickle=allow_pickle)
     chosen.require(conversion)
     layered = _architecture(conversion)
+    if check_with is not None:
+        _require_readable(check_with, conversion, chosen)
     with partial_output(output, made_from(conversion, max_shard_bytes) | {"format": format}) as partial:
         console().print(
             f"merging {conversion.source.path} into {conversion.base.folder}: {len(conversion.base.tensors)} tensors"
@@ -76,6 +84,9 @@ def convert(
         return_freed_memory()
         result = _prove(conversion, layered, chosen, partial.folder, proof_rows)
         report = _report(conversion, format, written, result, time.monotonic() - started)
+        _require_proved(report, output)
+        if check_with is not None:
+            report = replace(report, check=_check(check_with, conversion, layered, chosen, partial.folder))
         _finish(report, conversion, chosen, partial.folder, output)
     return report
 
@@ -145,14 +156,36 @@ def _report(
     )
 
 
-def _finish(report: "MergeReport", conversion: Conversion, chosen: OutputFormat, folder: Path, output: Path) -> None:
-    """Show the report; write it and the model card, or raise ProofError."""
-    from qvtune.convert.card import model_card
+def _require_proved(report: "MergeReport", output: Path) -> None:
+    """Show the report. Raises ProofError."""
     from qvtune.convert.report import show
 
     show(report, output)
     if not report.proof.passed:
         raise ProofError(f"{output} was not written: the merged model is not base + adapter, see the table")
+
+
+def _require_readable(reader: ReaderName, conversion: Conversion, chosen: OutputFormat) -> None:
+    """Raises UserError, before anything is written, for what the reader cannot load or be compared by."""
+    from qvtune.convert.readers.check import require_readable
+
+    require_readable(reader, conversion)
+    chosen.arguments(reader, conversion, "")
+
+
+def _check(
+    reader: ReaderName, conversion: Conversion, layered: "LayeredModel", chosen: OutputFormat, folder: Path
+) -> "ReaderCheck":
+    from qvtune.convert.readers.check import check
+
+    arguments = chosen.arguments(reader, conversion, str(folder.resolve()))
+    return check(reader, arguments, conversion, layered, chosen.views(conversion, folder).merged)
+
+
+def _finish(report: "MergeReport", conversion: Conversion, chosen: OutputFormat, folder: Path, output: Path) -> None:
+    """Write the report and the model card."""
+    from qvtune.convert.card import model_card
+
     write_json(folder / "merge_report.json", asdict(report))
     how_to = {
         "load": chosen.how_to_load(conversion, output.name),

@@ -12,6 +12,7 @@ from qvtune.console import console
 from qvtune.convert.merge.tensors import MatrixUpdate
 from qvtune.convert.proof.compare import Difference
 from qvtune.convert.proof.proof import Losses, Proof
+from qvtune.convert.readers.check import ReaderCheck
 
 _SHOWN = 5
 
@@ -23,7 +24,8 @@ class MergeReport:
     ``trained_on`` is the run's ``model.quantization``. ``tensors`` counts adapted, added, dequantized and copied ones;
     ``bytes`` are theirs. ``from_training``: how far this choice of base weights (``chosen``) and the ``other`` one are
     from what was trained; empty where there is no other. ``losses`` None: the proof had no rows with labels.
-    ``kept``: the share of the updates that quantizing the merge has left; None where it was not.
+    ``kept``: the share of the updates that quantizing the merge has left; None where it was not. ``check``: of
+    ``--check-with``.
     """
 
     format: str
@@ -45,6 +47,7 @@ class MergeReport:
     warnings: list[str]
     versions: dict[str, str]
     seconds: float
+    check: ReaderCheck | None = None
 
 
 def rounding_warnings(updates: Iterable[MatrixUpdate], dtype: str) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,19 @@ def end_tokens(conversion: Conversion) -> list[int]:
     return list(dict.fromkeys(token for token in known if token is not None))
 
 
-def vllm_serve(model: str, *options: str) -> str:
-    """The command, for the card."""
-    return f"```\n{shlex.join(['vllm', 'serve', model, *options])}\n```"
+def vllm_serve(options: Mapping[str, Any], *more: str) -> str:
+    """The command for the card, from the options of vLLM's engine, whose names are those of the command."""
+    words = ["vllm", "serve", options["model"], *more]
+    for name, value in options.items():
+        if name != "model":
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return f"```\n{shlex.join(words)}\n```"
+
+
+def vllm_options(conversion: Conversion, model: str) -> dict[str, Any]:
+    """Of the engine. With a dtype, since vLLM takes float16 for weights in float32."""
+    trusted = {"trust_remote_code": True} if conversion.model.trust_remote_code else {}
+    return {"model": model, "dtype": str(conversion.dtype).removeprefix("torch."), **trusted}
 
 
 def vllm_problems(config: PeftConfig) -> Iterator[str]:
@@ -94,3 +104,8 @@ def max_lora_rank(config: PeftConfig) -> int:
 def _largest_rank(config: PeftConfig) -> int:
     ranks: list[int] = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
     return max(ranks)
+
+
+def python_code(how_to_load: str) -> str:
+    """What stands in a card's block of Python."""
+    return how_to_load.removeprefix("```python\n").removesuffix("\n```")

@@ -25,8 +25,12 @@ _PROGRESS, _LOCK, _MODEL = "progress.json", "lock", "model"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DiskFullError(UserError):
-    """There is no room; what has been written stays, and the next start goes on."""
+class KeptError(UserError):
+    """What has been written stays, and the next start goes on."""
+
+
+class DiskFullError(KeptError):
+    """There is no room."""
 
 
 @naming_setting(_SETTING)
@@ -87,7 +91,7 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
 
     ``made_from`` (JSON) is all that decides the files' bytes. A start with the same value goes on with the files that
     an earlier one has finished; one with another is refused. A UserError from the block removes the folder, since
-    another start would end the same; anything else (a full disk, an interrupt, a crash) leaves it.
+    another start would end the same; a KeptError and anything else (a full disk, an interrupt, a crash) leaves it.
     """
     root = output.parent / f".{output.name}.partial"
     root.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,7 @@ def partial_output(output: Path, made_from: Any) -> Iterator[PartialOutput]:
             if error.errno not in _FULL:
                 raise
             raise DiskFullError(_full(root, error), setting=_SETTING) from error
-        except DiskFullError:
+        except KeptError:
             raise
         except UserError:
             shutil.rmtree(root)

@@ -2,9 +2,9 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from qvtune.config.outputs import BaseChoice, FormatName
+from qvtune.config.outputs import BaseChoice, FormatName, ReaderName
 
 if TYPE_CHECKING:  # transformers comes with them, and with the formats
     from qvtune.convert.conversion import Conversion
@@ -43,6 +43,9 @@ class OutputFormat(Protocol):
 
     def how_to_serve(self, conversion: "Conversion", title: str) -> str:
         """The same for a server."""
+
+    def arguments(self, reader: "ReaderName", conversion: "Conversion", folder: str) -> dict[str, Any]:
+        """How ``reader`` loads ``folder`` (qvtune.convert.readers). Raises UserError for what it cannot load."""
 
 
 def output_format(name: FormatName) -> OutputFormat:

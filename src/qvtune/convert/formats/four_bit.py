@@ -146,3 +146,4 @@ def limits(conversion: Conversion) -> Limits:
 
 how_to_load = merged.how_to_load
 how_to_serve = merged.how_to_serve
+arguments = merged.arguments

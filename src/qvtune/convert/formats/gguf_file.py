@@ -23,7 +23,7 @@ from gguf import (
     get_tensor_name_map,
 )
 
-from qvtune.config.outputs import BaseChoice
+from qvtune.config.outputs import BaseChoice, ReaderName
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.formats import merged
 from qvtune.convert.formats.gguf_tokenizer import add_tokenizer, elsewhere
@@ -157,6 +157,11 @@ def how_to_load(conversion: Conversion, title: str) -> str:
 def how_to_serve(conversion: Conversion, title: str) -> str:
     """As ``OutputFormat``."""
     return f"```\nllama-server -m {title}/{FILE}\n```"
+
+
+def arguments(reader: ReaderName, conversion: Conversion, folder: str) -> dict[str, Any]:
+    """As ``OutputFormat``."""
+    return {"file": f"{folder}/{FILE}", "dtype": str(conversion.dtype).removeprefix("torch.")}
 
 
 def _config(conversion: Conversion) -> Any:

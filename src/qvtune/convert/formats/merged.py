@@ -1,15 +1,16 @@
 """``merged``: an ordinary Hugging Face folder with the weights in the dtype that was chosen."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qvtune.config.outputs import BaseChoice
+from qvtune.config.outputs import BaseChoice, ReaderName
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, merged_config, write_weights
 from qvtune.convert.proof.proof import EXACT, EXACT_SCORES, ROUNDED, ROUNDED_SCORES, Limits
 from qvtune.convert.proof.views import ModelViews, merged_folder, model_views
-from qvtune.convert.serving import vllm_serve, write_companions
+from qvtune.convert.serving import python_code, vllm_options, vllm_serve, write_companions
 from qvtune.storage.files import write_json
 from qvtune.storage.partial import PartialOutput
 
@@ -55,8 +56,14 @@ def how_to_load(conversion: Conversion, title: str) -> str:
 
 
 def how_to_serve(conversion: Conversion, title: str) -> str:
-    """As ``OutputFormat``; with a dtype, since vLLM takes float16 for weights in float32."""
+    """As ``OutputFormat``."""
     if conversion.is_classifier:
         return "A classifier is loaded with transformers, as above."
-    trusted = ["--trust-remote-code"] if conversion.model.trust_remote_code else []
-    return vllm_serve(title, "--dtype", str(conversion.dtype).removeprefix("torch."), *trusted)
+    return vllm_serve(vllm_options(conversion, title))
+
+
+def arguments(reader: ReaderName, conversion: Conversion, folder: str) -> dict[str, Any]:
+    """As ``OutputFormat``."""
+    if reader == "vllm":
+        return {"options": vllm_options(conversion, folder), "adapter": None}
+    return {"code": python_code(how_to_load(conversion, folder))}

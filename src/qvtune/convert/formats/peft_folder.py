@@ -17,13 +17,20 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qvtune.config.outputs import BaseChoice
+from qvtune.config.outputs import BaseChoice, ReaderName
 from qvtune.convert.conversion import Conversion
 from qvtune.convert.merge.write import Written, require_base
 from qvtune.convert.proof.layers import skeleton
 from qvtune.convert.proof.proof import EXACT, Limits
 from qvtune.convert.proof.views import ModelView, ModelViews, adapted_base
-from qvtune.convert.serving import max_lora_rank, vllm_problems, vllm_serve, write_companions
+from qvtune.convert.serving import (
+    max_lora_rank,
+    python_code,
+    vllm_options,
+    vllm_problems,
+    vllm_serve,
+    write_companions,
+)
 from qvtune.convert.sources.names import plain_keys
 from qvtune.convert.sources.peft_config import CONFIG, WEIGHTS
 from qvtune.convert.sources.source import SavedAdapter, open_source
@@ -93,7 +100,7 @@ def how_to_load(conversion: Conversion, title: str) -> str:
     was trained must have its size, and not be quantized.
     """
     dtype, imports, four_bits, option = conversion.dtype, [conversion.auto_class], "", ""
-    if quantizes_in_flight(conversion):
+    if _quantizes_in_flight(conversion):
         stored = (conversion.base.weights[name].dtype for name in conversion.base.quantized)
         dtype = reduce(torch.promote_types, stored, conversion.dtype)
         imports, option = [conversion.auto_class, "BitsAndBytesConfig"], ", quantization_config=nf4"
@@ -111,33 +118,58 @@ def how_to_load(conversion: Conversion, title: str) -> str:
         option += f", {name}={value!r}"
     if conversion.model.revision is not None:
         option = f', revision="{conversion.model.revision}"{option}'
+    ends = ""
+    if not conversion.is_classifier:
+        imports.append("GenerationConfig")
+        ends = f'model.generation_config = GenerationConfig.from_pretrained("{title}")\n'
     return f"""```python
 from peft import PeftModel
-from transformers import {", ".join(imports)}
+from transformers import {", ".join(["AutoTokenizer", *imports])}
 
 {four_bits}base = {conversion.auto_class}.from_pretrained("{_base_name(conversion)}", dtype="{_name(dtype)}"{option})
 model = PeftModel.from_pretrained(base, "{title}")
+{ends}tokenizer = AutoTokenizer.from_pretrained("{title}")
 ```"""
 
 
 def how_to_serve(conversion: Conversion, title: str) -> str:
-    """As ``OutputFormat``; tokenizer and generation settings from here, the base in NF4 where it was trained so."""
+    """As ``OutputFormat``."""
+    if problem := _not_served(conversion):
+        return problem
+    return vllm_serve(_vllm_options(conversion, title), "--lora-modules", f"{title}={title}")
+
+
+def arguments(reader: ReaderName, conversion: Conversion, folder: str) -> dict[str, Any]:
+    """As ``OutputFormat``."""
+    if reader == "vllm":
+        if problem := _not_served(conversion):
+            raise UserError(problem, "--check-with")
+        return {"options": _vllm_options(conversion, folder), "adapter": folder}
+    return {"code": python_code(how_to_load(conversion, folder))}
+
+
+def _not_served(conversion: Conversion) -> str | None:
     problems = list(vllm_problems(_saved(conversion).config))
     if conversion.is_classifier:
         problems.append("it is a classifier")
-    if problems:
-        return f"vLLM does not serve this adapter: {'; '.join(problems)}. Serve what `--format merged` writes."
-    options = ["--enable-lora", "--max-lora-rank", str(max_lora_rank(_saved(conversion).config))]
-    options += ["--lora-modules", f"{title}={title}", "--tokenizer", title, "--generation-config", title]
-    options += ["--dtype", _name(conversion.dtype)]
-    if quantizes_in_flight(conversion):
-        options += ["--quantization", "bitsandbytes"]
+    if not problems:
+        return None
+    return f"vLLM does not serve this adapter: {'; '.join(problems)}. Serve what `--format merged` writes."
+
+
+def _vllm_options(conversion: Conversion, folder: str) -> dict[str, Any]:
+    """Tokenizer and generation settings from ``folder``, the base in NF4 where it was trained so."""
+    options = vllm_options(conversion, _base_name(conversion))
+    options |= {"tokenizer": folder, "generation_config": folder}
+    options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(_saved(conversion).config)}
+    if _quantizes_in_flight(conversion):
+        options["quantization"] = "bitsandbytes"
     if conversion.model.revision is not None:
-        options += ["--revision", conversion.model.revision]
-    return vllm_serve(_base_name(conversion), *options)
+        options["revision"] = conversion.model.revision
+    return options
 
 
-def quantizes_in_flight(conversion: Conversion) -> bool:
+def _quantizes_in_flight(conversion: Conversion) -> bool:
     """Whether the adapter's base is NF4 and its folder is not, so that whoever loads it has to quantize it."""
     return conversion.base.opened is not None and not conversion.base.opened.stored
 

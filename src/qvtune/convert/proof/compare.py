@@ -86,6 +86,10 @@ class LogitSums:
             rows.append(torch.stack([self._difference_max[index], mean, kl, agrees, self._largest[p]]))
         return torch.stack(rows)
 
+    def choices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each [models, T]: the first choice, its logit, and by how much the label's logit is lower (NaN: no label)."""
+        return self._choice, self._largest, self._largest - self._at_label
+
     def losses(self) -> Tensor:
         """[models, label positions]: -log p(label), nats."""
         at_label = self._labels != IGNORE_INDEX
