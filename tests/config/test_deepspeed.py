@@ -78,7 +78,7 @@ def test_every_file_resolves_with_every_recipe(name: str, recipe: str) -> None:
 @pytest.mark.parametrize("name", JSONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deepspeed_reads_what_was_meant(name: str, dtype: str) -> None:
-    accepted = DeepSpeedConfig(fill_from_model(resolve_deepspeed(config_of(name), 1, dtype), LAYERS))
+    accepted = DeepSpeedConfig(fill_from_model(resolve_deepspeed(config_of(name), 1, dtype, ranks_per_node=8), LAYERS))
     assert (accepted.train_batch_size, accepted.train_micro_batch_size_per_gpu) == (12, 2)
     assert accepted.gradient_accumulation_steps == 6
     assert accepted.gradient_clipping == 0.25

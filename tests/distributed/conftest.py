@@ -135,6 +135,7 @@ def two(lab: Lab) -> Results:
         base(lab, "two-base"),
         base(lab, "two-unquantized", model__quantization="none"),
         _evaluated(lab, "plain"),
+        train(lab, "auto", deepspeed="auto"),
         *(train(lab, name, **changes) for name, changes in EQUIVALENT.items()),
         train(lab, "zero3_hpz", deepspeed=str(hpz_json(lab, 2))),
         {**train(lab, "varlen"), "attention": VARLEN},
@@ -177,7 +178,7 @@ def two(lab: Lab) -> Results:
     results = launch(lab, "two", 2, jobs, unfinished=["killed"])
     change_one_weight(lab.folder / "other" / "model.safetensors")
     damaged_copy(lab.run_dir("killed") / "checkpoints", step=3)
-    for copy in ("refused", "stopped-on-three"):
+    for copy in ("refused", "stopped-on-three", "stopped-then-zero2"):
         lab.copy_run("stopped", copy)
     lab.copy_run("bert-stopped", "bert-stopped-on-three")
     for copy, (run, _) in SHARES.items():
@@ -195,6 +196,7 @@ def two_later(lab: Lab, two: Results) -> Results:
         train(lab, "stopped"),
         train(lab, "stopped-dropout", **DROPOUT),
         train(lab, "stopped-zero2", **ZERO2),
+        train(lab, "stopped-then-zero2", **ZERO2),
         *(_evaluated(lab, name, **changes) for name, (_, changes, _) in TERMINATED.items()),
         *(train(lab, name, **UNSEEN_ROWS) for name in TERMINATED_EARLY),
         {**train(lab, "mixture-stopped", **mixture(lab, 0.5, 0.2, 0.3)), "error": "UserError"},

@@ -84,6 +84,13 @@ def test_a_run_goes_on_with_more_ranks(lab: Lab, three: Results) -> None:
     assert lab.losses("stopped-on-three") == pytest.approx(lab.losses("plain"), rel=1e-5)
 
 
+def test_a_run_goes_on_with_another_stage(lab: Lab, two_later: Results) -> None:
+    """As ``deepspeed: auto`` may choose on other GPUs. The checkpoint, of ZeRO-3, has whole tensors."""
+    assert [result["stopped-then-zero2"] for result in two_later] == [{"code": 0}] * 2
+    assert lab.losses("stopped-then-zero2")[:3] == lab.losses("plain")[:3]
+    assert lab.losses("stopped-then-zero2") == pytest.approx(lab.losses("plain"), rel=1e-5)
+
+
 def test_another_base_is_refused_and_named(lab: Lab, two: Results, two_later: Results) -> None:
     """Same path, same shapes, one weight changed since the checkpoint."""
     assert [result["other_base"] for result in two] == [{"code": 75}] * 2

@@ -1,5 +1,7 @@
 """Runs that must train alike: by the number of ranks, by how a step is split, by where things are kept."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file
 
@@ -67,6 +69,14 @@ def test_two_rows_at_a_time_on_one_rank(lab: Lab, plain: list[float], one: Resul
 def test_equivalent_settings(lab: Lab, two: Results, plain: list[float], name: str) -> None:
     assert [result[name] for result in two] == [{"code": 0}] * 2
     assert lab.losses(name) == pytest.approx(plain, rel=ROUNDING)
+
+
+def test_auto_is_zero3_on_cpus(lab: Lab, plain: list[float], two: Results) -> None:
+    assert [result["auto"] for result in two] == [{"code": 0}] * 2
+    assert lab.losses("auto") == plain
+    auto, named = (json.loads((lab.run_dir(name) / "deepspeed.json").read_text()) for name in ("auto", "plain"))
+    assert auto == named
+    assert "deepspeed: auto\n" in (lab.run_dir("auto") / "config.yaml").read_text()
 
 
 def test_the_same_run_again_gives_the_same_numbers(lab: Lab, plain: list[float], two_later: Results) -> None:

@@ -19,6 +19,7 @@ from tests.support.lab import Lab
 NUM_RANKS = {"deepspeed": 2, "torchrun": 2, "python": 1}
 REPORTS = ("report.html=true", "report.trackers=[tensorboard]")
 PEAKS = {"peak_rss_bytes", "peak_device_bytes"}
+STAGES = {"deepspeed": "auto", "torchrun": "zero3.json", "python": "zero3.json"}
 FIELDS = {
     "run_start": {"step", "max_steps", "world_size", "resumed_from", "trained_parameters"},
     "base_loaded": {"seconds", "bytes_read", "base_bytes", "peak_rss_bytes"},
@@ -65,8 +66,9 @@ def run(request: pytest.FixtureRequest) -> str:
 
 
 def _complete(lab: Lab, launcher: str) -> str:
-    ended = train(lab, launcher, launcher, "checkpoint.resume=never", *REPORTS)
+    ended = train(lab, launcher, launcher, "checkpoint.resume=never", *REPORTS, f"deepspeed={STAGES[launcher]}")
     assert ended.code == 0, ended.output
+    assert ("deepspeed: auto: zero3.json, as always on CPUs" in ended.output) == (STAGES[launcher] == "auto")
     return launcher
 
 
@@ -99,11 +101,23 @@ def test_all_launchers_train_alike(lab: Lab, run: str, python: str) -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@without_gpu
+def test_auto_trains_what_zero3_trains(lab: Lab, deepspeed: str, torchrun: str) -> None:
+    """Both on 2 ranks: bit for bit."""
+    auto, named = (
+        [(entry["loss"], entry["grad_norm"]) for entry in lab.events(name, "step")] for name in (deepspeed, torchrun)
+    )
+    assert auto == named
+    used = [(lab.run_dir(name) / "deepspeed.json").read_text() for name in (deepspeed, torchrun)]
+    assert used[0] == used[1]
+
+
 def test_the_configuration_can_be_loaded_again(lab: Lab, run: str) -> None:
     config = load_config(lab.run_dir(run) / "config.yaml")
     recipe = load_config(lab.folder / "recipe.yaml")
-    assert config.checkpoint.resume == "never"
+    assert config.checkpoint.resume == "never" and config.deepspeed == STAGES[run]
     own = {"run_dir": str(lab.run_dir(run)), "checkpoint": config.checkpoint, "report": config.report}
+    own["deepspeed"] = config.deepspeed
     assert config == recipe.model_copy(update=own)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from qvtune.config.load import load_config
 from qvtune.config.schema import RunConfig
-from qvtune.plan.plan import Request, estimate_from, estimate_of
+from qvtune.plan.memory import costs_of
+from qvtune.plan.plan import Request, estimate_from, estimate_of, setup_of
 from qvtune.plan.report import Estimate, short_lines
 from qvtune.study.cell import read_grid
 from qvtune.versions import repository
@@ -57,10 +58,13 @@ def _estimates_on(recipe: str) -> dict[str, Estimate]:
         folder = make_config_folder(Path(temporary) / "model", shapes)
         run = load_config(recipe_file(recipe), [f"model.name_or_path={folder}"])
         first = estimate_of(run, Request(nodes, gpus_per_node, GPU_NAMES[0]))
-    found = {GPU_NAMES[0]: first}
-    for gpu in GPU_NAMES[1:]:
-        cluster = Request(nodes, gpus_per_node, gpu).cluster()
-        found[gpu] = estimate_from(first.setup, first.costs, cluster, first.amount)
+        found = {GPU_NAMES[0]: first}
+        for gpu in GPU_NAMES[1:]:
+            cluster = Request(nodes, gpus_per_node, gpu).cluster()
+            setup, choice = setup_of(run, cluster)
+            is_same = setup.deepspeed_config == first.setup.deepspeed_config
+            costs = first.costs if is_same else costs_of(setup, cluster.num_gpus)
+            found[gpu] = estimate_from(setup, costs, cluster, first.amount, choice)
     return found
 
 
@@ -74,7 +78,7 @@ def _of_recipe(name: str) -> list[str]:
     lines = []
     for gpu, estimate in _estimates_on(name).items():
         shown = short_lines(estimate, Request(nodes, gpus_per_node, gpu).cluster())
-        titles = ("Memory", "Time", "Network")
+        titles = [*(["Stage"] if estimate.choice is not None else []), "Memory", "Time", "Network"]
         lines.append(f"# {nodes} x {gpus_per_node} {gpu}")
         lines += [f"#   {title:9}{line}" for title, line in zip(titles, shown, strict=True)]
         if name.startswith("paper/"):

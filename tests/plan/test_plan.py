@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qvtune.config.schema import RunConfig
+from qvtune.config.zero_stage import GIB, usable_bytes
 from qvtune.errors import UserError
 from qvtune.plan import advice as advice_module
 from qvtune.plan import plan as module
@@ -36,6 +37,7 @@ def config(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run_dir": "run",
+            "deepspeed": "zero3.json",
             "model": {"name_or_path": str(folder)},
             "data": {"train": "none.jsonl", "max_length": 1000},
             "train": {"epochs": 2, "global_batch_size": 16, "activation_checkpointing": True},
@@ -111,6 +113,30 @@ def test_advice_takes_what_is_fastest_and_fits(
     assert advice is not None and (advice.stage, advice.checkpointing) == (stage, checkpointing)
     expected = ["deepspeed=zero2.json"] + ([] if checkpointing else ["train.activation_checkpointing=false"])
     assert advice.overrides(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nodes", "stage"),
+    [
+        ("h100-80", 1, "zero2.json"),
+        ("rtx-4090", 1, "zero2.json"),
+        ("tiny", 1, "zero3.json"),
+        ("tiny", 2, "zero3_hpz.json"),
+    ],
+)
+def test_auto_is_what_a_run_would_choose_there(
+    run: RunConfig, simulated: list[Setup], monkeypatch: pytest.MonkeyPatch, gpu: str, nodes: int, stage: str
+) -> None:
+    """Llama 3 8B: a base of 5.3 GiB. Nothing is simulated to choose."""
+    monkeypatch.setitem(GPUS, "tiny", replace(GPUS["rtx-4090"], memory=8 * GIB))
+    run = run.model_copy(update={"deepspeed": "auto"})
+    first, *lines = short_plan(run, Request(nodes, 4, gpu))
+    (setup,) = simulated
+    assert first.startswith(f"{stage}: base ") and f"of {usable_bytes(GPUS[gpu].memory) / GIB:.1f} GiB usable" in first
+    assert setup.run.deepspeed == stage and len(lines) == 3
+    zero = setup.deepspeed_config["zero_optimization"]
+    assert zero["stage"] == (2 if stage == "zero2.json" else 3)
+    assert zero.get("zero_hpz_partition_size") == (4 if stage == "zero3_hpz.json" else None)
 
 
 def test_what_is_advised_already_changes_nothing(run: RunConfig) -> None:

@@ -345,3 +345,28 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["packages"]["torch"] and found["packages"]["qvtune"]
     assert found["packages"].keys() >= {"deepspeed", "flash-attn"}, "what is not installed is there as null"
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"stage": 3}, {"stage": 3, "overlap_comm": False}, ""),
+        ({"stage": 3}, {"stage": 2}, "deepspeed: ZeRO-2 now, ZeRO-3 at the run's last start"),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 8},
+            {"stage": 3, "zero_hpz_partition_size": 4},
+            "deepspeed: ZeRO-3 with hpZ over 4 ranks now, ZeRO-3 with hpZ over 8 ranks at the run's last start",
+        ),
+    ],
+)
+def test_another_stage_is_said_when_a_run_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    run = config(tmp_path / "run")
+    open_run_folder(run, {"zero_optimization": before}, {})
+    write_checkpoint(run, 1)
+    assert "deepspeed" not in capsys.readouterr().out
+    open_run_folder(run, {"zero_optimization": now}, {})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown if said else "deepspeed" not in shown
+    assert json.loads((tmp_path / "run" / "deepspeed.json").read_text()) == {"zero_optimization": now}

@@ -14,9 +14,11 @@ from qvtune.config.schema import RunConfig
 from qvtune.errors import UserError
 from qvtune.versions import repository
 
+AUTO = "auto"  # `deepspeed: auto`, of a run; qvtune.train.stage chooses the file
 PERSISTENCE = "stage3_param_persistence_threshold"
 _STAGES = (2, 3)
-_STAGE_3_ONLY = ("leaf_module", "offload_param", "zero_hpz_partition_size")
+_HPZ = "zero_hpz_partition_size"
+_STAGE_3_ONLY = ("leaf_module", "offload_param", _HPZ)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class LayerSizes:
 _FROM_MODEL = LayerSizes((), 0, 0).values().keys()
 
 
-def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[str, Any]:
+def resolve_deepspeed(
+    config: RunConfig, world_size: int, dtype: str, ranks_per_node: int | None = None
+) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize`` of a run on ``world_size`` ranks that computes in ``dtype``.
 
     ``config.deepspeed`` is a path, or the name of a file in ds_configs/. Batch sizes, clipping and precision belong to
@@ -55,6 +59,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
 
     Args:
         dtype: ``float32`` or ``bfloat16``, as resolved for the device.
+        ranks_per_node: what ``zero_hpz_partition_size: auto`` becomes; None: all ranks are on one node.
 
     Raises:
         UserError: with every problem at once: an unreadable file, a key that is unknown or refused, a value that
@@ -67,6 +72,8 @@ def resolve_deepspeed(config: RunConfig, world_size: int, dtype: str) -> dict[st
     problems += _take_refused(resolved)
     problems += _key_problems(resolved)
     problems += _fill(resolved, _values_of_run(config, world_size, dtype))
+    if resolved["zero_optimization"].get(_HPZ) == "auto":
+        resolved["zero_optimization"][_HPZ] = ranks_per_node or world_size
     problems += [
         f'`{name}` is "auto", but the run has no value for it; give one'
         for name in _autos(resolved)
@@ -93,8 +100,8 @@ def find_json(name: str) -> Path:
         if path.is_file():
             return path
     there = sorted(file.name for file in folder.glob("*.json"))
-    hint = suggestion(closest(name, there), there) if there else f"and there is no folder {folder}"
-    raise UserError(f"`deepspeed` is {name!r}: neither a file nor the name of one in ds_configs/; {hint}")
+    hint = suggestion(closest(name, [AUTO, *there]), [AUTO, *there]) if there else f"and there is no folder {folder}"
+    raise UserError(f"`deepspeed` is {name!r}: neither {AUTO}, a file, nor the name of one in ds_configs/; {hint}")
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -215,10 +222,10 @@ def _placement_problems(resolved: dict[str, Any], world_size: int) -> list[str]:
     """Problems of zero_optimization that depend on the number of ranks or on the optimizer."""
     zero = resolved["zero_optimization"]
     problems = []
-    node_size = zero.get("zero_hpz_partition_size", 1)
+    node_size = zero.get(_HPZ, 1)
     if isinstance(node_size, int) and node_size > 1 and world_size % min(node_size, world_size):
         problems.append(
-            f"`zero_optimization.zero_hpz_partition_size` is {node_size}, which does not divide {world_size} ranks; "
+            f"`zero_optimization.{_HPZ}` is {node_size}, which does not divide {world_size} ranks; "
             "set it to the number of GPUs per node, or use zero3.json"
         )
     if _device(zero, "offload_param") == "nvme":

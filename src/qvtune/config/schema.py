@@ -216,7 +216,9 @@ class RunConfig(Section):
     )
     run_dir: str = Field(description="folder of the run: record, checkpoints, logs")
     deepspeed: str = Field(
-        default="zero3.json", description="DeepSpeed JSON: a path, or the name of a file in ds_configs/"
+        default="auto",
+        description="DeepSpeed JSON: a path, or the name of a file in ds_configs/; auto = on GPUs the first that fits "
+        "of zero2.json, zero3_hpz.json (several nodes) and zero3.json, on CPUs zero3.json; the reason is logged",
     )
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvtune.config.deepspeed import find_json
+from qvtune.config.deepspeed import AUTO, find_json
 from qvtune.config.schema import RunConfig
 from qvtune.errors import naming_setting
 from qvtune.model.adapters import add_adapters, trainable
@@ -18,6 +18,7 @@ from qvtune.model.nf4 import NF4Linear
 from qvtune.model.shard import Shard
 from qvtune.storage.safetensors import TensorFiles
 from qvtune.tasks import get_task
+from qvtune.train.stage import SHARDED
 
 _PROCESS = 700 << 20  # resident memory of a rank after imports and start of gloo, before it loads anything (measured)
 _FP32_STATE = 12  # per trained element: fp32 master and AdamW's two moments
@@ -97,7 +98,9 @@ def _num_weights(skeleton: nn.Module) -> list[int]:
 
 
 def _zero_section(config: RunConfig) -> dict[str, Any]:
-    content = json.loads(find_json(config.deepspeed).read_text(encoding="utf-8"))
+    # `auto` takes the base whole where that fits: what it needs at least is a shard.
+    name = SHARDED if config.deepspeed == AUTO else config.deepspeed
+    content = json.loads(find_json(name).read_text(encoding="utf-8"))
     section: dict[str, Any] = content.get("zero_optimization", {})
     return section
 

@@ -3,10 +3,10 @@
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qvtune.config.deepspeed import resolve_deepspeed
+from qvtune.config.deepspeed import AUTO, resolve_deepspeed
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.errors import UserError, naming_setting
@@ -19,10 +19,11 @@ from qvtune.plan.flash import FLASH, register_flash
 from qvtune.plan.gpus import GPUS
 from qvtune.plan.memory import Costs, costs_of
 from qvtune.plan.report import Estimate, memory_table, short_lines, time_lines
-from qvtune.plan.simulate import Setup
+from qvtune.plan.simulate import Setup, adapted_model, model_of
 from qvtune.plan.step_time import Cluster, gathers_of, step_time
 from qvtune.storage.paths import cache_dir
 from qvtune.tasks import get_task
+from qvtune.train.step_memory import Gpus, step_memory
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,25 @@ def plan(run: RunConfig, request: Request, command: Sequence[str]) -> None:
     for line in time_lines(estimate, cluster):
         out.print(line, markup=False, soft_wrap=True)
     advice = advise(estimate.setup, estimate.costs, cluster)
-    for line in _advice_lines(advice, run, request, command):
+    for line in _advice_lines(advice, estimate.setup.run, request, command):
         out.print(line, markup=False, soft_wrap=True)
 
 
 def short_plan(run: RunConfig, request: Request) -> list[str]:
-    """Memory, time and gathers in three lines. Raises UserError as ``plan``."""
+    """Memory, time and gathers in three lines; before them what ``deepspeed: auto`` means. UserError as ``plan``."""
     return short_lines(estimate_of(run, request), request.cluster())
 
 
 def estimate_of(run: RunConfig, request: Request) -> Estimate:
     """A run as it is configured, on a cluster. Raises UserError as ``plan``."""
     cluster = request.cluster()
-    setup, folder = _setup(run, cluster)
+    setup, choice = setup_of(run, cluster)
     costs = costs_of(setup, cluster.num_gpus)
-    return estimate_from(setup, costs, cluster, amount_of(run, folder, request.tokens))
+    return estimate_from(setup, costs, cluster, amount_of(run, config_folder(run), request.tokens), choice)
 
 
-def estimate_from(setup: Setup, costs: Costs, cluster: Cluster, amount: Amount) -> Estimate:
-    """``costs`` of ``setup`` on as many ranks as ``cluster`` has GPUs."""
+def estimate_from(setup: Setup, costs: Costs, cluster: Cluster, amount: Amount, choice: str | None = None) -> Estimate:
+    """``costs`` of ``setup`` on as many ranks as ``cluster`` has GPUs; ``choice``: why ``deepspeed: auto`` is this."""
     micro_batches = setup.deepspeed_config["gradient_accumulation_steps"]
     sharded = setup.deepspeed_config["zero_optimization"]["stage"] == 3
     return Estimate(
@@ -79,14 +80,13 @@ def estimate_from(setup: Setup, costs: Costs, cluster: Cluster, amount: Amount) 
         gathers=gathers_of(costs, cluster, micro_batches),
         time=step_time(costs, cluster, micro_batches, sharded=sharded),
         amount=amount,
+        choice=choice,
     )
 
 
-def _setup(run: RunConfig, cluster: Cluster) -> tuple[Setup, Path]:
-    """What is simulated, and the folder of the base."""
+def setup_of(run: RunConfig, cluster: Cluster) -> tuple[Setup, str | None]:
+    """What is simulated, and why ``deepspeed: auto`` is what it is there. Raises UserError as ``plan``."""
     dtype, _ = choose_dtype(run.model.dtype, on_gpus=True)
-    name = str(dtype).removeprefix("torch.")
-    deepspeed_config = resolve_deepspeed(run, cluster.num_gpus, name)
     folder = config_folder(run)
     with naming_setting("model.name_or_path"):
         model_config = read_model_config(folder, run.model)
@@ -94,7 +94,14 @@ def _setup(run: RunConfig, cluster: Cluster) -> tuple[Setup, Path]:
         raise UserError(problems)
     register_flash()
     attention = run.model.attention if run.model.attention in ("sdpa", "eager") else FLASH
-    return Setup(run, model_config, deepspeed_config, dtype, attention, device="cuda"), folder
+    setup, choice = Setup(run, model_config, {}, dtype, attention, device="cuda"), None
+    if run.deepspeed == AUTO:
+        memory = step_memory(run, adapted_model(model_of(setup)[0], run), model_config, dtype)
+        file, choice = memory.choose(Gpus(cluster.gpu.memory, cluster.gpus_per_node, cluster.nodes))
+        run = run.model_copy(update={"deepspeed": file})
+    name = str(dtype).removeprefix("torch.")
+    deepspeed_config = resolve_deepspeed(run, cluster.num_gpus, name, cluster.gpus_per_node)
+    return replace(setup, run=run, deepspeed_config=deepspeed_config), choice
 
 
 def config_folder(run: RunConfig) -> Path:
@@ -123,8 +130,6 @@ def _advice_lines(advice: Advice | None, run: RunConfig, request: Request, comma
         f"checkpointing: {advice.seconds:.3g} s a step" + ("" if overrides else ", as configured"),
         f"         {advice.reason}",
     ]
-    if advice.stage == "zero3_hpz.json" and request.gpus_per_node != 8:
-        lines.append(f"         copy ds_configs/zero3_hpz.json, set zero_hpz_partition_size: {request.gpus_per_node}")
     return [*lines, f"Command  {_command(request, [*command, *overrides])}"]
 
 

@@ -31,6 +31,7 @@ class Estimate:
     gathers: Gathers
     time: StepTime
     amount: Amount
+    choice: str | None = None  # why `deepspeed: auto` is what it is here
 
     @property
     def tensor_bytes(self) -> int:
@@ -69,6 +70,7 @@ def time_lines(estimate: Estimate, cluster: Cluster) -> list[str]:
     time, amount = estimate.time, estimate.amount
     low, high = (amount.tokens_per_step / seconds for seconds in (time.high, time.low))
     lines = [
+        *([f"Stage    {estimate.choice}"] if estimate.choice is not None else []),
         *_gather_lines(estimate, cluster),
         f"Step     {_seconds(time.low)} to {_seconds(time.high)}, expected {_seconds(time.expected)}; never less than "
         f"{_seconds(time.bound)}; Python alone up to {_seconds(time.host)} on a slow host",
@@ -88,10 +90,11 @@ def time_lines(estimate: Estimate, cluster: Cluster) -> list[str]:
 
 
 def short_lines(estimate: Estimate, cluster: Cluster) -> list[str]:
-    """The same in three lines."""
+    """The same in three lines, after one on what ``deepspeed: auto`` is here."""
     time, tokens, gpu_bytes = estimate.time, estimate.tensor_bytes, cluster.gpu.memory
     parts = ", ".join(f"{cause} {_gib(size)}" for cause, size in estimate.costs.peak.most_common() if size > GIB / 20)
     return [
+        *([estimate.choice] if estimate.choice is not None else []),
         f"{_gib(_total(tokens))} of {_gib(gpu_bytes)} GiB per GPU ({verdict(tokens, gpu_bytes)}): {parts}",
         f"a step {_seconds(time.low)} to {_seconds(time.high)}, never less than {_seconds(time.bound)}",
         *(line.removeprefix("Gathers  ") for line in _gather_lines(estimate, cluster)),

@@ -73,7 +73,7 @@ def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulat
     nf4.tables(_CPU)  # made of values, so before there are none
     tracker = Tracker()
     whole, skeleton = model_of(setup)
-    model = _with_adapters(whole, setup.run)
+    model = adapted_model(whole, setup.run)
     deepspeed_config = fill_from_model(setup.deepspeed_config, layer_sizes(model)) | {
         "train_batch_size": num_ranks * setup.run.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -108,7 +108,8 @@ def model_of(setup: Setup) -> tuple[Any, Any]:
     return whole.requires_grad_(False), skeleton
 
 
-def _with_adapters(whole: Any, run: RunConfig) -> nn.Module:
+def adapted_model(whole: Any, run: RunConfig) -> nn.Module:
+    """What ``model_of`` makes, with the adapters of the run."""
     task = get_task(run.task, run.classification)
     new_modules = () if task.head(run.train.seed) is None else (head_path(whole),)
     name = whole.config.name_or_path

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvtune import versions
-from qvtune.config.deepspeed import find_json
+from qvtune.config.deepspeed import AUTO, find_json
 from qvtune.config.load import dump_config, load_config
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
@@ -58,9 +58,14 @@ class Request:
     gpu: str | None = None
 
     @property
+    def ranks_per_node(self) -> int:
+        """Number of ranks on each node."""
+        return self.procs_per_node or self.gpus_per_node
+
+    @property
     def world_size(self) -> int:
         """Number of ranks of the run."""
-        return self.nodes * (self.procs_per_node or self.gpus_per_node)
+        return self.nodes * self.ranks_per_node
 
     @property
     def on_gpus(self) -> bool:
@@ -85,7 +90,8 @@ def submit(request: Request) -> None:
         with heavy_imports():
             from qvtune.train.preflight import preflight  # torch and transformers: seconds
         world_size = max(1, request.world_size)
-        plan = problems.attempt(lambda: preflight(run, world_size, on_gpus=request.on_gpus))
+        per_node = max(1, request.ranks_per_node)
+        plan = problems.attempt(lambda: preflight(run, world_size, on_gpus=request.on_gpus, ranks_per_node=per_node))
         problems.attempt(lambda: _check_this_machine(run, world_size, plan))
     problems.raise_all()
     assert run is not None
@@ -221,12 +227,16 @@ def all_or_nothing(path: Path) -> Iterator[None]:
 
 
 def freeze(run: RunConfig, frozen: Path, request: Request, command: Sequence[str]) -> None:
-    """Copy code, configuration and DeepSpeed JSON into a new folder ``frozen``, with a record of commit and command."""
+    """Copy code, configuration and DeepSpeed JSON into a new folder ``frozen``, with a record of commit and command.
+
+    ``deepspeed: auto`` stays: the job chooses among the copies of ds_configs/.
+    """
     with atomic_folder(frozen) as private:
         copy_code(private)
-        shutil.copyfile(find_json(run.deepspeed), private / "deepspeed.json")
-        as_run = run.model_copy(update={"deepspeed": str(frozen / "deepspeed.json")})
-        (private / "config.yaml").write_text(dump_config(as_run), encoding="utf-8")
+        if run.deepspeed != AUTO:
+            shutil.copyfile(find_json(run.deepspeed), private / "deepspeed.json")
+            run = run.model_copy(update={"deepspeed": str(frozen / "deepspeed.json")})
+        (private / "config.yaml").write_text(dump_config(run), encoding="utf-8")
         record = {"recipe": str(request.config), "overrides": list(request.overrides), "command": list(command)}
         write_json(private / "submission.json", {**record, "folder": os.getcwd(), "commit": versions.commit()})
 

@@ -31,6 +31,11 @@ _CHUNK_LOGITS = 2**23  # logits in memory at a time: 32 MiB in fp32, as much aga
 MIN_CHUNK_ROWS = {"cpu": 1, "cuda": 1024, "meta": 1024}
 
 
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Label positions whose logits are in memory at a time."""
+    return max(MIN_CHUNK_ROWS[device_type], _CHUNK_LOGITS // vocab_size)
+
+
 class CausalLM(Task):
     """Cross entropy of the label tokens; the best checkpoint is the one with the lowest evaluation loss."""
 
@@ -207,7 +212,7 @@ class FrozenHeadLoss(nn.Module):
         """fp32 scalar, 0 where N is 0; and, on demand, its gradient [N, D]. Logits live for a chunk of N only."""
         total = torch.zeros((), device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if with_gradient else None
-        rows = max(MIN_CHUNK_ROWS[hidden_ND.device.type], _CHUNK_LOGITS // self.weight.shape[0])
+        rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
         for start in range(0, len(labels_N), rows):
             chunk, label_N1 = slice(start, start + rows), labels_N[start : start + rows, None]
             log_probs_NV = nn.functional.linear(hidden_ND[chunk], self.weight, self.bias).float()

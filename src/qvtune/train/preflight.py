@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qvtune.config.deepspeed import PERSISTENCE, LayerSizes, fill_from_model, resolve_deepspeed
+from qvtune.config.deepspeed import PERSISTENCE, LayerSizes, fill_from_model
 from qvtune.config.schema import RunConfig
 from qvtune.console import console
 from qvtune.data.batch import padding_token
@@ -51,6 +51,8 @@ from qvtune.train.data import (
 )
 from qvtune.train.prompts import GENERATE, Prompt, load_prompts, prompt_texts
 from qvtune.train.run_folder import find_resume, require_same_rows
+from qvtune.train.stage import Ranks, resolve_or_choose
+from qvtune.train.step_memory import StepMemory, step_memory
 
 _FIRST_ROWS = 1000  # read of each data set where rows are not tokenized
 
@@ -86,6 +88,7 @@ def preflight(
     world_size: int,
     *,
     on_gpus: bool | None = None,
+    ranks_per_node: int | None = None,
     poll: Poll = lambda: None,
     poll_alone: Poll = lambda: None,
 ) -> Plan:
@@ -94,6 +97,7 @@ def preflight(
     Args:
         on_gpus: None where the run computes on the devices of this machine, which are looked at. Else it will compute
             elsewhere, on GPUs (taken to have bfloat16) or on CPUs.
+        ranks_per_node: where it computes elsewhere.
         poll: raises StopRequested on all ranks; called by all of them alike.
         poll_alone: the same for work of one rank.
 
@@ -102,7 +106,7 @@ def preflight(
     """
     checks = Checks()
     config = with_labels(config, checks)
-    found = _inspect(config, world_size, on_gpus, checks)
+    found = _inspect(config, Ranks(world_size, on_gpus, ranks_per_node), checks)
     rows = token_rows(config, found.tokenizer, checks, poll, poll_alone)
     statistics = checks.run_on_main(partial(_statistics, config, rows, found)) if TRAIN in rows else None
     sharded = found.deepspeed_config is not None and found.deepspeed_config["zero_optimization"]["stage"] == 3
@@ -136,7 +140,7 @@ def find_problems(config: RunConfig, world_size: int, *, on_gpus: bool | None = 
     A model that is not on this machine yet is neither downloaded nor converted, and not checked.
     """
     checks = Checks()
-    _inspect(config, world_size, on_gpus, checks, cached_model_folder)
+    _inspect(config, Ranks(world_size, on_gpus), checks, cached_model_folder)
     for setting, sources in data_sets(config).items():
         for source in sources:
             checks.run(partial(check_rows, setting, source, config, max_rows=_FIRST_ROWS))
@@ -178,12 +182,13 @@ def _statistics(config: RunConfig, rows: Mapping[str, Rows], inspected: "_Inspec
 @dataclass(frozen=True)
 class _Model:
     """transformers' configuration; bytes of the whole base; its layers, and the elements of all parameters, adapters
-    included."""
+    included; what a step needs, None without adapters."""
 
     config: Any
     num_bytes: int
     layers: LayerSizes
     numels: tuple[int, ...]
+    memory: StepMemory | None
 
 
 @dataclass(frozen=True)
@@ -200,22 +205,20 @@ class _Inspected:
     tokenizer: Any
 
 
-def _inspect(
-    config: RunConfig, world_size: int, on_gpus: bool | None, checks: Checks, find_model: FindModel = model_folder
-) -> _Inspected:
+def _inspect(config: RunConfig, ranks: Ranks, checks: Checks, find_model: FindModel = model_folder) -> _Inspected:
+    on_gpus = ranks.on_gpus
     dtype, dtype_reason = choose_dtype(config.model.dtype, on_gpus)
-    name = str(dtype).removeprefix("torch.")
-    deepspeed_config = checks.run(lambda: resolve_deepspeed(config, world_size, name))
-    checks.run(lambda: _check_nan_check(config, deepspeed_config))
     checks.run(lambda: require_trackers(config.report))
     resume = checks.run_on_main(lambda: find_resume(config))
     folder = find_base(config, checks, find_model)
     model = tokenizer = None
     if folder is not None:
         model = _check_model(folder, config, dtype, checks)
-        if model is not None and deepspeed_config is not None:
-            deepspeed_config = fill_from_model(deepspeed_config, model.layers)
         tokenizer = checks.run(partial(load_tokenizer, folder, config.model))
+    memory = None if model is None else model.memory
+    deepspeed_config, deepspeed_reason = resolve_or_choose(config, dtype, memory, ranks, checks)
+    if deepspeed_config is not None and model is not None:
+        deepspeed_config = fill_from_model(deepspeed_config, model.layers)
     # Kernels cannot be looked for on another machine; no check depends on which they are.
     dropout = 0.0 if model is None else attention_dropout(model.config)
     chosen = checks.run(lambda: choose_attention(config.model.attention, dtype, dropout)) if on_gpus is None else None
@@ -223,24 +226,13 @@ def _inspect(
     return _Inspected(
         dtype=dtype,
         attention=attention,
-        reasons=f"compute in {dtype} ({dtype_reason}); attention {attention} ({attention_reason})",
+        reasons=f"compute in {dtype} ({dtype_reason}); attention {attention} ({attention_reason}){deepspeed_reason}",
         deepspeed_config=deepspeed_config,
         resume=resume,
         folder=folder,
         model=model,
         tokenizer=tokenizer,
     )
-
-
-def _check_nan_check(config: RunConfig, deepspeed_config: dict[str, Any] | None) -> None:
-    """Gathers of a quantized base must not be searched for NaN: its codes are stored in the dtype of the compute."""
-    gathered = deepspeed_config is None or deepspeed_config["zero_optimization"]["stage"] == 3
-    if config.model.quantization == "nf4" and gathered and (value := process_group.nan_check()) is not None:
-        raise UserError(
-            f"the environment variable TORCH_NCCL_NAN_CHECK is {value!r}: torch would end the run when it gathers the "
-            "base, since some packed 4-bit codes are NaN when read as numbers; unset it in the shell that starts the "
-            "run or in slurm/cluster.env (it is allowed with `model.quantization: none` and with zero2.json)"
-        )
 
 
 def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Checks) -> _Model | None:
@@ -260,7 +252,8 @@ def _check_model(folder: Path, config: RunConfig, dtype: torch.dtype, checks: Ch
         checks.run(lambda: parameter_groups(trainable(adapted), config.optimizer))
     model = base.model if adapted is None else adapted
     numels = tuple(parameter.numel() for parameter in model.parameters())
-    return _Model(base.model.config, num_bytes, layer_sizes(model), numels)
+    memory = None if adapted is None else step_memory(config, adapted, base.model.config, dtype)
+    return _Model(base.model.config, num_bytes, layer_sizes(model), numels, memory)
 
 
 def _check_task(task: Task, model_config: Any, max_length: int) -> None:

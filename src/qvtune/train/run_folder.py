@@ -49,7 +49,7 @@ _FREE_SETTINGS = {
     "data": {"eval", "num_workers"},
     "classification": {"metric"},
 }
-_DATA = "data.json"
+_DATA, _DEEPSPEED = "data.json", "deepspeed.json"
 _NONE_WHOLE = "start from scratch with checkpoint.resume=never (the old run is moved aside), or in another run_dir"
 _OF_THE_JOB = ("logs", "submitted")  # made before the run starts; they may hold the code that is running
 
@@ -184,15 +184,38 @@ def open_run_folder(
             damaged = _set_damaged_aside(owner, resume) if resume is not None else []
             if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
                 console().print(f"an earlier run was in {owner.run_dir}; it is now {aside}")
+            if resume is not None and (line := _changed_stage(owner.run_dir, deepspeed_config)):
+                console().print(line)
             for setting in data:
                 if setting != TRAIN and (changes := _changes(owner.run_dir, data, setting)):
                     console().print(f"{setting}: other rows than at the run's last start ({changes})", markup=False)
             _write_records(
                 owner,
                 dump_config(config),
-                {"deepspeed.json": deepspeed_config, _DATA: data, "environment.json": environment(hosts)},
+                {_DEEPSPEED: deepspeed_config, _DATA: data, "environment.json": environment(hosts)},
             )
     return resume, owner, damaged
+
+
+def _changed_stage(run_dir: Path, deepspeed_config: dict[str, Any]) -> str | None:
+    """For the log: that a run resumes with another ZeRO stage than that of its last start."""
+    path = run_dir / _DEEPSPEED
+    before, now = (
+        _stage(one)
+        for one in (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else deepspeed_config,
+            deepspeed_config,
+        )
+    )
+    if before == now:
+        return None
+    return f"deepspeed: {now} now, {before} at the run's last start: losses are the same but for rounding"
+
+
+def _stage(deepspeed_config: dict[str, Any]) -> str:
+    zero = deepspeed_config.get("zero_optimization", {})
+    node = zero.get("zero_hpz_partition_size", 1)
+    return f"ZeRO-{zero.get('stage')}" + (f" with hpZ over {node} ranks" if node > 1 else "")
 
 
 @contextmanager
