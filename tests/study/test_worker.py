@@ -30,13 +30,16 @@ ALONE = ("qv-again", "dropout-zero2")  # after all that could be left of others
 STEPS = 2
 # The worker of a study, in which cells whose name says so end with an error.
 SCRIPT = """
-import os, sys
+import gc, os, sys
+from deepspeed import DeepSpeedEngine
 from qvtune.study.worker import main
 from qvtune.train import loop
 
 train = loop.train
 
 def failing(config, *arguments):
+    with open(os.path.join({study!r}, "engines.txt"), "a") as file:
+        file.write(f"{{sum(isinstance(one, DeepSpeedEngine) for one in gc.get_objects())}} ")
     if "broken" in config.run_dir:
         raise RuntimeError("step 2: the loss is nan")
     return train(config, *arguments)
@@ -92,6 +95,12 @@ def test_it_says_what_becomes_of_each_cell(study: tuple[Path, int, list[dict[str
     assert "gate" in (folder / "cells" / "no-match" / FAILED).read_text()
     assert not any((folder / "cells" / name / FAILED).exists() for name in TRAINED)
     assert not list((folder / "locks").iterdir())
+
+
+def test_nothing_is_left_of_a_cell_when_the_next_begins(study: tuple[Path, int, list[dict[str, Any]]]) -> None:
+    """Or a worker would grow by a model with each cell."""
+    folder, num_ranks, _ = study
+    assert (folder / "engines.txt").read_text().split() == ["0"] * (len(CELLS) * num_ranks)
 
 
 def test_the_base_is_read_once(study: tuple[Path, int, list[dict[str, Any]]]) -> None:

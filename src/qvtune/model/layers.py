@@ -1,5 +1,6 @@
 """The decoder layers of a model, which ZeRO-3 gathers one by one, and what has to be set so that it can."""
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -66,3 +67,26 @@ def hook_layers(engine: Any) -> None:
         leaves = [layer for layer in layers if z3_leaf_module(layer)]
         shorten_lookups(objective, leaves, engine.optimizer.persistent_parameters)
     limit_run_ahead(layers)
+
+
+def destroy_engine(engine: Any) -> None:
+    """Let go of an engine and its model, for a process that makes another.
+
+    DeepSpeed leaves hooks on modules, functions on parameters and a cache in one of its classes, which hold the model
+    where the garbage collector does not look.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    engine.destroy()
+    to_release = getattr(Coordinator, f"_{Coordinator.__name__}__params_to_release")
+    inspect.getclosurevars(to_release).nonlocals["func"].cache_clear()
+    for module in engine.module.modules():
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        ):
+            hooks.clear()
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()

@@ -116,6 +116,7 @@ def cell_of(trial: Trial, run: RunConfig) -> Cell:
         "train.eval_every": 0,
         "train.save_every": 0,
         "train.generate": None,
+        "report.html": False,
     }
     if run.task == "causal_lm":
         settings["train.best_metric"] = "auto"

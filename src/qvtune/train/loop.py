@@ -17,6 +17,7 @@ from qvtune.distributed.stop import StopRequest
 from qvtune.errors import StopRequested
 from qvtune.model.adapters import trainable
 from qvtune.model.kept import KeptBase
+from qvtune.model.layers import destroy_engine
 from qvtune.optim.groups import count_trained
 from qvtune.optim.schedule import multiplier
 from qvtune.report.answers import answers_table
@@ -59,7 +60,9 @@ def train(config: RunConfig, stop: StopRequest | None = None, kept: KeptBase | N
 def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
     run = prepare(config, stop, kept)
     with _recorder(run, config) as record:
-        return _run(run, config, stop, record)
+        code = _run(run, config, stop, record)
+    destroy_engine(run.engine)
+    return code
 
 
 def _run(run: Run, config: RunConfig, stop: StopRequest, record: Record) -> int:
