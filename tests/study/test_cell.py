@@ -46,7 +46,7 @@ def test_the_product_of_all_factors(tmp_path: Path) -> None:
     assert (run.adapter.projections, run.adapter.rank, run.adapter.alpha) == (("q", "k", "v"), 4, 8.0)
     assert (run.optimizer.lr, run.optimizer.lr_multipliers) == (2e-4, {"head": 0.5, "v": 4.0})
     assert (run.train.seed, run.schedule.warmup_ratio, run.train.eval_rows) == (2, 0.06, True)
-    assert run.report.html is False
+    assert (run.report.html, run.report.trackers) == (False, ())
     assert found["qv_ratio1_lr0.0001_seed0_warmup_ratio=0"].optimizer.lr_multipliers == {"head": 0.5, "v": 1.0}
     (cell,) = [cell for cell in grid.cells if cell.name == "qkv_ratio4_lr0.0002_seed2_warmup_ratio=0.06"]
     expected = {"task": None, "projections": "qkv", "method": "lora", "rank": 4, "ratio": 4.0, "learning_rate": 2e-4}

@@ -154,7 +154,7 @@ def test_a_cell_changes_rates_length_and_seed_and_nothing_else(tmp_path: Path) -
     run = load_config(path, cell.overrides)
     assert (run.optimizer.lr, run.optimizer.lr_multipliers) == (1e-4, {"v": 16.0})
     assert (run.train.max_steps, run.train.seed, run.train.eval_rows) == (50, 1003, True)
-    assert not run.report.html
+    assert not run.report.html and not run.report.trackers
     left = {section: getattr(recipe(), section) for section in ("optimizer", "train", "report")}
     assert run.model_copy(update=left) == recipe()
 

@@ -170,8 +170,9 @@ class _Builder:
         own = [*_adapter(given, run.adapter, projections, method), override("optimizer.lr_multipliers", multipliers)]
         if "eval_rows" not in run.train.model_fields_set:
             own.append("train.eval_rows=true")
-        if "html" not in run.report.model_fields_set:
-            own.append("report.html=false")  # a process for each would cost more than a short cell
+        for key, nothing in (("html", "false"), ("trackers", "[]")):  # a process for each costs more than a short cell
+            if key not in run.report.model_fields_set:
+                own.append(f"report.{key}={nothing}")
         final = self._load([*common, *own])
         return Cell(_name(given, projections), (*self.overrides, *common, *own), _factors(given, final))
 

@@ -117,6 +117,7 @@ def cell_of(trial: Trial, run: RunConfig) -> Cell:
         "train.save_every": 0,
         "train.generate": None,
         "report.html": False,
+        "report.trackers": [],
     }
     if run.task == "causal_lm":
         settings["train.best_metric"] = "auto"
