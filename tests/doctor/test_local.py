@@ -224,7 +224,8 @@ def test_a_base_that_cannot_be_trained_is_a_finding(tmp_path: Path, rows: str) -
     report = node_report(str(tmp_path / "gpt2"), rows, optimizer={"lr_multipliers": {"v": 4.0}}, deepspeed="none.json")
     problems = named(report, "recipe")
     assert [status for status, _ in problems] == ["fail", "fail"]
-    assert "none.json" in problems[0][1] and "model_type is 'gpt2'; supported: llama, " in problems[1][1]
+    of_base, of_deepspeed = (detail for _, detail in problems)
+    assert "none.json" in of_deepspeed and "model_type is 'gpt2'; supported: llama, " in of_base
     assert all(finding.remedy for finding in report.findings if finding.status == "fail")
     assert report.facts["base"] == "not usable"
 

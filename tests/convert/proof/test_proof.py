@@ -179,7 +179,8 @@ def test_the_card_is_read_by_the_hub(make_run: MakeRun, tmp_path: Path) -> None:
     assert data["tags"] == ["qvtune", "merged", "lora"]
     assert "base_model" not in data  # a folder of this machine, which the hub does not know
     sections = [line for line in card.text.splitlines() if line.startswith("## ")]
-    assert [line[3:] for line in sections] == ["Base", "Data", "Method", "Losses", "Proof", "Versions", "How to load"]
+    expected = ["Base", "Data", "Method", "Losses", "Proof", "Versions", "How to load", "How to serve"]
+    assert [line[3:] for line in sections] == expected
     assert f"top-1 agreement {report.proof.top1_agreement:.2%}" in card.text
     assert "learning-rate multipliers" in card.text
 
