@@ -11,9 +11,17 @@ from functools import cache
 import pytest
 
 from qvtune.config.load import load_config
+from qvtune.study.cell import read_grid
 from tests.test_repository import ROOT, make_targets, repository_files
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md", "slurm/README.md", "ds_configs/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "launch/README.md",
+    "launch/recipes/repeated/results/README.md",
+    "slurm/README.md",
+    "ds_configs/README.md",
+)
 _PATH = re.compile(r"\b(?:launch|ds_configs|src|tests|slurm)/[\w./-]*\w")
 _MADE_BY_THE_USER = {"slurm/cluster.env"}
 # A word that stands for something that the reader has: RECIPE, DIR, N, RECIPE.yaml, merged/..., an ellipsis.
@@ -152,4 +160,5 @@ def test_every_command_could_be_typed_as_it_is(words: list[str]) -> None:
     overrides = [word for word in given if re.match(r"[a-z_.]+=", word)]
     assert all(_PLACEHOLDER.fullmatch(word) or word.startswith("--") or word in overrides for word in given), given
     for recipe in recipes:
-        load_config(recipe, overrides)
+        read = read_grid if recipe.stem.endswith("_grid") else load_config
+        read(recipe, overrides)
