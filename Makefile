@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-slurm test-ranks test-tools test-rest lint lock flash-attn clean
+.PHONY: help env demo test test-fast test-slurm test-ranks test-tools test-rest faults lint lock flash-attn clean
 
 PYTHON ?= python3
 TORCH := 2.13.0
@@ -47,6 +47,9 @@ test-tools: env  ## of the tests that start nothing those of TOOLS, which take h
 
 test-rest: env  ## the others that start nothing
 	$(BIN)/python -m pytest -m "$(ALONE)" $(TOOLS:%=--ignore=%)
+
+faults: env  ## 200 random faults to a run on two ranks, and the matrix of what they did (tests/faults)
+	$(BIN)/python -m tests.faults --cycles 200 --seed 0
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """A file system that refuses a checkpoint, or a line of the record, and takes it later."""
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -167,8 +168,28 @@ def test_the_best_checkpoint_may_be_the_one_that_is_being_written(
     training.begin(1)
     threading.Timer(0.3, held.released.set).start()
     training.state.evaluations[2] = {"loss": 3.0}
-    training.saves.mark_best()
+    training.saves.mark_best(training.said.append)
     assert (tmp_path / "run/checkpoints/best").resolve().name == "step-00000001"
+
+
+def test_where_best_cannot_be_marked_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, mark = Training(tmp_path / "run", monkeypatch), checkpoint_folder.mark_best
+    best = tmp_path / "run/checkpoints/best"
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    training.state.evaluations[1] = {"loss": 2.0}
+    training.save(1)
+    training.state.evaluations[2] = {"loss": 1.0}
+    training.state.step = 2
+    monkeypatch.setattr(checkpoint_folder, "mark_best", full)
+    training.saves.mark_best(training.said.append)
+    assert "step 2: checkpoints/best stays as it was" in training.said[-1] and "No space left" in training.said[-1]
+    assert best.resolve().name == "step-00000001"
+    monkeypatch.setattr(checkpoint_folder, "mark_best", mark)
+    training.save(2)
+    assert best.resolve().name == "step-00000002"
 
 
 def test_a_crash_while_a_checkpoint_is_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

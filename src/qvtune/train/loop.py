@@ -229,7 +229,7 @@ def _evaluate_and_generate(
     """What is due after a step of these two; ``checkpoints/best`` follows."""
     evaluated = _evaluate_if_due(run, config, stop, display, record)
     if _generate_if_due(run, config, stop, display, record) or evaluated:
-        saves.mark_best()
+        saves.mark_best(display.say)
 
 
 def _evaluate_if_due(run: Run, config: RunConfig, stop: StopRequest, display: StepDisplay, record: Record) -> bool:

@@ -113,15 +113,21 @@ class Saves:
         if self._num_failed >= self._config.checkpoint.max_failed_saves and not is_last:
             raise StopRequested(f"stopped: {self._num_failed} checkpoints in a row could not be written")
 
-    def mark_best(self) -> None:
+    def mark_best(self, say: Say) -> None:
         """On rank 0 let ``checkpoints/best`` follow the metric of the task, or ``train.best_metric``.
 
-        Waits for the checkpoint that is being written, which may be the best.
+        Waits for the checkpoint that is being written, which may be the best. What the file system refuses is said, and
+        tried again with the next checkpoint.
         """
         if self._run.owner is not None:
             if self._writing is not None and self._writing.future is not None:
                 self._writing.future.result()
-            self._mark_best(self._run.owner, followed(self._run, self._config))
+            try:
+                self._mark_best(self._run.owner, followed(self._run, self._config))
+            except OSError as error:
+                say(
+                    f"step {self._run.state.step}: checkpoints/best stays as it was, until the next checkpoint: {error}"
+                )
 
     def _mark_best(self, owner: Owner, values: dict[int, float]) -> None:
         _, higher_is_better = followed_metric(self._config.train, self._run.plan.task)
