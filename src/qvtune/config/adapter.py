@@ -1,5 +1,6 @@
 """The settings of what is trained: section ``adapter``."""
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -30,6 +31,11 @@ _NO_INITS = {
     "eva": "it needs the data's activations at every projection before ZeRO's engine exists, which alone can run a "
     f"sharded base; {_ALLOWED}",
 }
+
+
+def lora_scale(alpha: float, rank: int, *, is_rslora: bool) -> float:
+    """What B A is multiplied with: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if is_rslora else rank)
 
 
 class AdapterSection(Section):

@@ -119,22 +119,21 @@ class HangFiles:
 
 def verdict_of(logs: Path, job: str, restart: int) -> dict[str, Any] | None:
     """The verdict of one start of a Slurm job, or None."""
-    return next((one for one in _verdicts(logs) if (one["job"], one["restart"]) == (job, restart)), None)
+    verdicts = _verdicts(logs).values()
+    return next((one for one in verdicts if (one["job"], one["restart"]) == (job, restart)), None)
 
 
 def hung_twice(logs: Path, job: str) -> list[str]:
     """The hosts that were to blame in two starts of a Slurm job or more."""
-    starts = Counter(
-        host for one in _verdicts(logs) if one["job"] == job for host in {entry["host"] for entry in one["hung"]}
-    )
+    verdicts = _verdicts(logs).values()
+    starts = Counter(host for one in verdicts if one["job"] == job for host in {entry["host"] for entry in one["hung"]})
     return sorted(host for host, times in starts.items() if times > 1)
 
 
 def verdict_messages(logs: Path) -> dict[float, str]:
     """When each verdict was written, in seconds since 1970, and its message."""
-    paths = sorted(logs.glob("hang-*.json"))
-    return {path.stat().st_mtime: json.loads(path.read_text(encoding="utf-8"))["message"] for path in paths}
+    return {path.stat().st_mtime: verdict["message"] for path, verdict in _verdicts(logs).items()}
 
 
-def _verdicts(logs: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(logs.glob("hang-*.json"))]
+def _verdicts(logs: Path) -> dict[Path, dict[str, Any]]:
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(logs.glob("hang-*.json"))}

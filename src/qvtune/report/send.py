@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import traceback
 import uuid
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from qvtune.report.history import METRICS
 from qvtune.report.json_lines import Entry, JsonLinesReader
 from qvtune.report.run_record import flattened, read_settings
 from qvtune.report.trackers.tracker import SENT, Point, Tracked, Tracker, open_tracker, point_of
+from qvtune.storage.atomic import atomic_file
 
 FOLDER = "trackers"
 _LOOK_SECONDS, _RETRY_SECONDS, _MAX_RETRY_SECONDS = 2.0, 10.0, 300.0
@@ -104,9 +104,8 @@ class Sender:
         position.offset = self._reader.offset
 
     def _confirm(self) -> None:
-        private = self._path.with_name(f".{self._path.name}-{os.getpid()}")
-        private.write_text(json.dumps(asdict(self._position)))
-        private.replace(self._path)
+        with atomic_file(self._path) as private:
+            private.write_text(json.dumps(asdict(self._position)))
 
 
 def _locked(path: Path, waits: bool) -> IO[str]:

@@ -3,7 +3,7 @@
 import math
 
 from qvtune.checkpoint.state import TrainedState
-from qvtune.config.adapter import AdapterSection
+from qvtune.config.adapter import AdapterSection, lora_scale
 from qvtune.model.adapters import group_and_factor
 
 
@@ -15,7 +15,7 @@ def update_norms(state: TrainedState, adapter: AdapterSection) -> dict[str, list
     """
     if not adapter.has_factors:
         return {}
-    scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.method == "rslora" else adapter.rank)
+    scale = lora_scale(adapter.alpha, adapter.rank, is_rslora=adapter.method == "rslora")
     factors: dict[str, dict[str, dict[str, str]]] = {}  # projection -> path of the module -> A or B -> name
     for name in state:
         path, _, rest = name.rpartition(".lora_")

@@ -1,12 +1,13 @@
 """What adapter_config.json promises, and what of it cannot be merged."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
+
+from qvtune.config.adapter import lora_scale
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # what PEFT calls its files
 HEAD_TASKS = {  # task type -> what transformers calls a model with that head
@@ -97,9 +98,9 @@ class PeftConfig:
         return rank
 
     def scaling(self, module: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
+        """What a module's update B A is multiplied with."""
         rank, alpha = self.rank(module), float(self._of_pattern("alpha_pattern", module, self.values["lora_alpha"]))
-        return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+        return lora_scale(alpha, rank, is_rslora=bool(self.values.get("use_rslora")))
 
     def _of_pattern(self, key: str, module: str, default: Any) -> Any:
         pattern = self.values.get(key)
