@@ -26,6 +26,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks(lab: Lab, two: Resu
     bad_step = int(found[1])
     assert 1 < bad_step <= MAX_STEPS
     assert [entry["step"] for entry in lab.events("rare", "step")] == list(range(1, bad_step))
+    (failed,) = lab.events("rare", "run_failed")
+    assert failed["step"] == bad_step - 1 and message in failed["error"]
     assert (
         newest(lab.run_dir("rare") / "checkpoints") == lab.run_dir("rare") / "checkpoints" / f"step-{bad_step - 1:08d}"
     )

@@ -13,7 +13,7 @@ from tests.launch.conftest import without_gpu
 
 pytestmark = [pytest.mark.distributed, without_gpu]
 
-SEED, CYCLES, DRAWN = 3, 6, 20
+SEED, CYCLES = 3, 20
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def test_a_fault_costs_no_step_and_changes_nothing(faults: Faults, number: int) 
 
 
 def test_every_kind_is_drawn_and_the_same_again(faults: Faults) -> None:
-    drawn = [draw(SEED, number, faults.counts, launcher=False) for number in range(DRAWN)]
+    drawn = [draw(SEED, number, faults.counts, launcher=False) for number in range(CYCLES)]
     assert {fault.kind for fault in drawn} == KINDS.keys()
-    assert drawn == [draw(SEED, number, faults.counts, launcher=False) for number in range(DRAWN)]
-    assert drawn != [draw(SEED + 1, number, faults.counts, launcher=False) for number in range(DRAWN)]
+    assert drawn == [draw(SEED, number, faults.counts, launcher=False) for number in range(CYCLES)]
+    assert drawn != [draw(SEED + 1, number, faults.counts, launcher=False) for number in range(CYCLES)]
 
 
 def test_faults_can_strike_in_every_phase(faults: Faults) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_starts_and_faults_are_listed(run_dir: Path) -> None:
     ]
     assert [row[1] for row in table(parts, "Faults")] == [
         "step 30 was not saved: No space left on device",
-        "start 1 ended without run_end, after step 57",
+        "start 1, after step 57: ended without run_end",
         "rank 1 on host b hangs",
     ]
 
@@ -128,6 +129,17 @@ def test_a_run_that_has_no_end_says_what_is_known(tmp_path: Path, is_alive: bool
     parts = section(page, "Starts and faults")
     assert table(parts, "Starts")[0][-1] == how
     assert any(isinstance(part, Table) and part.title == "Faults" for part in parts) is (is_alive is False)
+
+
+def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
+    failed = {"event": "run_failed", "time": START + 60.0, "step": 57, "error": f"RuntimeError: {HOSTILE}"}
+    run_dir = write_run(tmp_path / "run", chain(events(57, is_complete=False), [failed]))
+    for is_alive in (True, False, None):  # the process that writes the page may see the event before the rank has ended
+        run = read_run(run_dir, is_alive=is_alive)
+        parts = section(run_page(run), "Starts and faults")
+        assert run.state == f"failed: step 57 of 57: RuntimeError: {HOSTILE}"
+        assert table(parts, "Starts")[0][-1] == "failed"
+        assert table(parts, "Faults")[0][1] == f"start 1, after step 57: failed: RuntimeError: {HOSTILE}"
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:

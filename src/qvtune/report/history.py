@@ -22,6 +22,7 @@ METRICS = "metrics.jsonl"
 class Start:
     """One start of a run: its event ``run_start``, its ``run_end`` if there is one, and what came in between.
 
+    ``error``: of its event ``run_failed``, empty where there is none.
     ``seconds``: what its time was spent on: ``training``, ``evaluation``, ``generation``, ``checkpoints`` (the time in
     which training waited for them), and ``loading`` the base, which comes before ``run_start``.
     """
@@ -30,6 +31,7 @@ class Start:
     last_time: float
     last_step: int
     end: Entry | None = None
+    error: str = ""
     seconds: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -104,6 +106,7 @@ class History:
             start = self.starts[-1]
             start.last_time = entry["time"]
             start.end = entry if event == "run_end" else start.end
+            start.error = entry["error"] if event == "run_failed" else start.error
             kind, seconds = _SPENT.get(event, ("", ""))
             start.seconds[kind] += entry.get(seconds, 0.0)
 

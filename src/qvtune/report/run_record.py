@@ -59,6 +59,8 @@ class RunRecord:
         last, done = self.history.starts[-1], f"step {self.last_step} of {self.max_steps}"
         if last.end is not None:
             return f"{_REASONS.get(last.end['reason'], last.end['reason'])}: {done}"
+        if last.error:
+            return f"failed: {done}: {last.error}"
         if self.is_alive:
             return f"running: {done}"
         if self.is_alive is None:

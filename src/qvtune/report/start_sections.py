@@ -61,8 +61,9 @@ def _faults(run: RunRecord) -> list[tuple[float, str]]:
     for number, start in enumerate(history.starts, 1):
         if names := start.begin.get("damaged_checkpoints"):
             found.append((start.begin["time"], f"damaged checkpoints were set aside: {', '.join(names)}"))
-        if start.end is None and not _may_run(run, number):
-            found.append((start.last_time, f"start {number} ended without run_end, after step {start.last_step}"))
+        if start.error or (start.end is None and not _may_run(run, number)):
+            how = f"failed: {start.error}" if start.error else "ended without run_end"
+            found.append((start.last_time, f"start {number}, after step {start.last_step}: {how}"))
     first = history.starts[0].begin["time"]  # logs/ stays when an earlier run is moved aside
     found += [(when, message) for when, message in run.hangs.items() if when >= first]
     return sorted(found)
@@ -77,8 +78,9 @@ def _starts(run: RunRecord) -> Table:
     rows = []
     for number, start in enumerate(run.history.starts, 1):
         begin = start.begin
-        how: str | Value = start.end["reason"] if start.end is not None else Value("without run_end", mark="failed")
-        if start.end is None and _may_run(run, number):
+        failed = "failed" if start.error else "without run_end"
+        how: str | Value = start.end["reason"] if start.end is not None else Value(failed, mark="failed")
+        if start.end is None and not start.error and _may_run(run, number):
             how = "running" if run.is_alive else "running?"
         steps = f"{begin['step']:,} to {start.last_step:,}"
         ranks, took = str(begin.get("world_size", "")), duration(start.total_seconds)

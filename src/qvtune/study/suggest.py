@@ -114,6 +114,7 @@ def cell_of(trial: Trial, run: RunConfig) -> Cell:
         "train.seed": trial.seed,
         "train.eval_rows": True,
         "train.eval_every": 0,
+        "train.eval_at_start": False,
         "train.save_every": 0,
         "train.generate": None,
         "report.html": False,

@@ -60,7 +60,11 @@ def train(config: RunConfig, stop: StopRequest | None = None, kept: KeptBase | N
 def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
     run = prepare(config, stop, kept)
     with _recorder(run, config) as record:
-        code = _run(run, config, stop, record)
+        try:
+            code = _run(run, config, stop, record)
+        except Exception as error:
+            record("run_failed", step=run.state.step, error=f"{type(error).__name__}: {error}")
+            raise
     destroy_engine(run.engine)
     return code
 
