@@ -19,7 +19,7 @@ from qvtune.study.cell import Cell, cell_folder, read_cells
 from qvtune.study.worker import FAILED
 from qvtune.tasks import get_task
 from qvtune.train.early_stopping import followed_metric
-from qvtune.train.loop import EVAL_ROWS_FILE
+from qvtune.train.recorder import EVAL_ROWS_FILE
 
 State = Literal["done", "failed", "not finished", "not started"]
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ from qvtune.model.layers import destroy_engine
 from qvtune.optim.groups import count_trained
 from qvtune.optim.schedule import multiplier
 from qvtune.report.answers import answers_table
-from qvtune.report.followers import followers
-from qvtune.report.json_lines import JsonLines
-from qvtune.report.metrics import MetricsLog
 from qvtune.report.step_display import StepDisplay
 from qvtune.system import peak_rss_bytes
 from qvtune.tasks.metrics import Documents
@@ -34,11 +30,10 @@ from qvtune.train.generate import generate
 from qvtune.train.isolation import check_isolation
 from qvtune.train.not_finite import raise_not_finite
 from qvtune.train.prepare import Run, prepare
+from qvtune.train.recorder import Record, recorder
 from qvtune.train.save import Saves, followed
 
 EXIT_DONE = 0
-EVAL_ROWS_FILE = "eval_rows.jsonl"
-Record = Callable[..., None]  # event, fields -> metrics.jsonl
 
 
 def train(config: RunConfig, stop: StopRequest | None = None, kept: KeptBase | None = None) -> int:
@@ -59,7 +54,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, kept: KeptBase | N
 
 def _train(config: RunConfig, stop: StopRequest, kept: KeptBase | None) -> int:
     run = prepare(config, stop, kept)
-    with _recorder(run, config) as record:
+    with recorder(run, config) as record:
         try:
             code = _run(run, config, stop, record)
         except Exception as error:
@@ -188,39 +183,6 @@ def train_on(batch: Batch, engine: Any, scale: float) -> torch.Tensor:
     engine.backward(summed * scale)
     loss: torch.Tensor = summed.detach()
     return loss
-
-
-@contextmanager
-def _recorder(run: Run, config: RunConfig) -> Iterator[Record]:
-    """The function that writes an event to metrics.jsonl, which others follow; it does nothing on ranks but 0.
-
-    The event "eval_rows" goes to eval_rows.jsonl; of earlier ones those stay whose evaluation is in the checkpoint.
-    Writing raises RunFolderLostError when another run has taken the run folder.
-    """
-    if run.owner is None:
-        yield lambda event, **fields: None
-        return
-    owner, eval_rows, path = run.owner, None, run.run_dir / EVAL_ROWS_FILE
-    with owner.writing() as workspace:
-        metrics = MetricsLog(run.run_dir, workspace)
-        if config.train.eval_rows or path.exists():
-            eval_rows = JsonLines(path, workspace, lambda entry: entry["step"] in run.state.evaluations)
-
-    def record(event: str, **fields: object) -> None:
-        with owner.writing():
-            if event == "eval_rows":
-                assert eval_rows is not None
-                eval_rows.write(fields)
-            else:
-                metrics.write(event, **fields)
-
-    with followers(run.run_dir, config.report):
-        try:
-            yield record
-        finally:
-            metrics.close()
-            if eval_rows is not None:
-                eval_rows.close()
 
 
 def _due(step: int, every: int) -> bool:

@@ -175,11 +175,11 @@ def open_run_folder(
     """
     hosts = process_group.all_gather_object(socket.gethostname())
     owner, damaged = None, []
-    with process_group.raise_on_all_ranks(), _refused_by_the_disk(config):
+    with process_group.raise_on_all_ranks(), refused_by_the_disk(config):
         if process_group.is_main():
             owner = take(Path(config.run_dir))
     resume = process_group.on_main(lambda: find_resume(config, verified))
-    with process_group.raise_on_all_ranks(), _refused_by_the_disk(config):
+    with process_group.raise_on_all_ranks(), refused_by_the_disk(config):
         if owner is not None:
             damaged = _set_damaged_aside(owner, resume) if resume is not None else []
             if resume is None and (aside := owner.set_aside(keep=_OF_THE_JOB)):
@@ -219,7 +219,8 @@ def _stage(deepspeed_config: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _refused_by_the_disk(config: RunConfig) -> Iterator[None]:
+def refused_by_the_disk(config: RunConfig) -> Iterator[None]:
+    """Raises UserError, which names run_dir, for an OSError."""
     try:
         yield
     except OSError as error:
