@@ -43,7 +43,14 @@ WARM = (
     "qvtune.train.loop",
 )
 # Read by libraries when they are imported: the same for all forks.
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    # bitsandbytes compiles its fallback for shapes that only tiny models have: half of a short run's time in each process.
+    "TORCH_COMPILE_DISABLE": "1",
+}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
