@@ -48,7 +48,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-    # bitsandbytes compiles its fallback for shapes that only tiny models have: half of a short run's time in each process.
+    # bitsandbytes compiles its fallback for shapes that only tiny models have: half of a short run's time.
     "TORCH_COMPILE_DISABLE": "1",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
