@@ -1,11 +1,13 @@
 """metrics.jsonl as it is written and read, also by a run that crashed and went on."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
 
+from qvtune.report.json_lines import read_json_lines
 from qvtune.report.metrics import MetricsLog, read_metrics
 
 
@@ -30,6 +32,19 @@ def test_a_line_is_there_when_write_returns(tmp_path: Path) -> None:
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] == 2.5
     log.close()
+
+
+def test_numbers_come_back_in_every_bit_and_infinite_ones_too(tmp_path: Path) -> None:
+    """NaN and infinity are no JSON, and stand in a batch with lines that are."""
+    numbers = [0.1 + 0.2, 5e-324, 1.7976931348623157e308, -0.0, 2**53 + 1, math.inf, -math.inf, math.nan]
+    for values in (numbers[:5], numbers):
+        log = MetricsLog(tmp_path)
+        for value in values:
+            log.write("eval", step=0, loss=value)
+        log.close()
+        found = [entry["loss"] for entry in read_json_lines(tmp_path / "metrics.jsonl")]
+        assert list(map(repr, found)) == list(map(repr, values))
+        (tmp_path / "metrics.jsonl").unlink()
 
 
 def test_of_a_step_that_was_run_twice_the_last_counts(tmp_path: Path) -> None:
