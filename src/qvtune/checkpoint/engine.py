@@ -28,8 +28,10 @@ def gather_state(engine: Any) -> TrainedState:
 
     The tensors are copies. Many pieces are sent as one message: a message for each takes most of the time.
     """
-    # After an evaluation ZeRO-3 is still gathering what it would need next.
-    engine.empty_partition_cache()
+    # After an evaluation ZeRO-3 is still gathering what it would need next. The engine's method of this name collects
+    # garbage as well, which takes longer than the rest of this.
+    if hasattr(engine.optimizer, "empty_partition_cache"):
+        engine.optimizer.empty_partition_cache()
     _link_moments(engine.optimizer)
     parameters = trainable(engine.module.model)
     spans = process_group.all_gather_object([_own_span(parameter) for _, parameter in parameters])
