@@ -17,7 +17,7 @@ from qvtune.checkpoint.state import ADAPTER, OPTIMIZER, STATES, TRAINED, Trained
 from qvtune.distributed import process_group
 from qvtune.errors import UserError
 from qvtune.model.adapters import saved_name, trainable
-from qvtune.model.shard import Shard
+from qvtune.model.shard import Shard, release_gathered
 from qvtune.storage.safetensors import TensorFiles, read_headers
 
 _MESSAGE_BYTES = 2**26  # of all ranks together, from which on pieces are sent; rank 0 holds as much twice
@@ -28,10 +28,7 @@ def gather_state(engine: Any) -> TrainedState:
 
     The tensors are copies. Many pieces are sent as one message: a message for each takes most of the time.
     """
-    # After an evaluation ZeRO-3 is still gathering what it would need next. The engine's method of this name collects
-    # garbage as well, which takes longer than the rest of this.
-    if hasattr(engine.optimizer, "empty_partition_cache"):
-        engine.optimizer.empty_partition_cache()
+    release_gathered(engine)
     _link_moments(engine.optimizer)
     parameters = trainable(engine.module.model)
     spans = process_group.all_gather_object([_own_span(parameter) for _, parameter in parameters])

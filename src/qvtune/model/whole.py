@@ -16,7 +16,7 @@ from torch import nn
 from qvtune.distributed import process_group
 from qvtune.errors import UserError
 from qvtune.model.adapters import transformers_model
-from qvtune.model.shard import gathered
+from qvtune.model.shard import gathered, release_gathered
 from qvtune.system import free_memory, return_freed_memory
 
 
@@ -41,7 +41,7 @@ class WholeModel:
         With ZeRO-2 and on a single rank these are the engine's own tensors, with ZeRO-3 they are gathered; nothing of
         them is left afterwards. ``between_modules`` is called equally often on all ranks.
         """
-        engine.empty_partition_cache()  # after an evaluation ZeRO-3 is still gathering what it would need next
+        release_gathered(engine)
         try:
             _fill(self._empty, engine.module.model, between_modules)
             yield transformers_model(self._empty)

@@ -26,7 +26,7 @@ from qvtune.model.adapters import add_adapters, trainable
 from qvtune.model.families import FAMILIES, trained_matrices
 from qvtune.model.head import head_path
 from qvtune.model.layers import decoder_layers, hook_layers, layer_sizes
-from qvtune.model.shard import Placement, Whole, ZeroPartition
+from qvtune.model.shard import Placement, Whole, ZeroPartition, release_gathered
 from qvtune.model.skeleton import mark_for_nf4, plain_skeleton
 from qvtune.optim.groups import parameter_groups
 from qvtune.plan.tracker import Bytes, Tracked, Tracker
@@ -175,8 +175,7 @@ def _train_on(batch: Batch, engine: Any, tracker: Tracker) -> None:
     tracker.enter("backward of the head")
     with tracker.under(LAYER):
         engine.backward(loss)
-    if hasattr(engine.optimizer, "empty_partition_cache"):  # ZeRO-3: what the step releases of what was prefetched
-        engine.optimizer.empty_partition_cache()
+    release_gathered(engine)  # as the step does
 
 
 def _name_phases(layers: Sequence[nn.Module], tracker: Tracker) -> None:

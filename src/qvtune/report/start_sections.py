@@ -61,7 +61,7 @@ def _faults(run: RunRecord) -> list[tuple[float, str]]:
     for number, start in enumerate(history.starts, 1):
         if names := start.begin.get("damaged_checkpoints"):
             found.append((start.begin["time"], f"damaged checkpoints were set aside: {', '.join(names)}"))
-        if start.error or (start.end is None and not _may_run(run, number)):
+        if start.end is None and not _may_run(run, number):
             how = f"failed: {start.error}" if start.error else "ended without run_end"
             found.append((start.last_time, f"start {number}, after step {start.last_step}: {how}"))
     first = history.starts[0].begin["time"]  # logs/ stays when an earlier run is moved aside
@@ -71,7 +71,8 @@ def _faults(run: RunRecord) -> list[tuple[float, str]]:
 
 def _may_run(run: RunRecord, number: int) -> bool:
     """Whether the start, by its number from 1, may not have ended."""
-    return number == len(run.history.starts) and run.is_alive is not False
+    starts = run.history.starts
+    return number == len(starts) and not starts[-1].error and run.is_alive is not False
 
 
 def _starts(run: RunRecord) -> Table:
@@ -80,7 +81,7 @@ def _starts(run: RunRecord) -> Table:
         begin = start.begin
         failed = "failed" if start.error else "without run_end"
         how: str | Value = start.end["reason"] if start.end is not None else Value(failed, mark="failed")
-        if start.end is None and not start.error and _may_run(run, number):
+        if start.end is None and _may_run(run, number):
             how = "running" if run.is_alive else "running?"
         steps = f"{begin['step']:,} to {start.last_step:,}"
         ranks, took = str(begin.get("world_size", "")), duration(start.total_seconds)
