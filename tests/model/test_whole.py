@@ -27,7 +27,7 @@ def both(folder: Path, adapter: AdapterSection = ADAPTER) -> tuple[WholeModel, A
     trained = add_adapters(base, adapter, "base", seed=1).train()
     for _, parameter in trainable(trained):
         parameter.data += 0.2 * torch.randn_like(parameter)
-    engine = SimpleNamespace(module=SimpleNamespace(model=trained), empty_partition_cache=lambda: None)
+    engine = SimpleNamespace(module=SimpleNamespace(model=trained), optimizer=None)
     return WholeModel(empty, folder), engine
 
 
