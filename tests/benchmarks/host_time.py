@@ -22,7 +22,7 @@ from tests.support.fake_engine import run_of, small_batch, start_engine, whole_o
 
 ALLOWED = 1.25
 DTYPE, DEPTHS = torch.bfloat16, (2, 8)
-REPEATS, MICRO_BATCHES = 9, 3
+REPEATS, MICRO_BATCHES = 40, 3
 MicroBatch = Callable[[], None]
 
 

@@ -32,7 +32,7 @@ class Site:
 
     cluster: Cluster
     lab: Lab
-    references: dict[int, list[float]] = field(default_factory=dict)
+    references: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     @property
     def home(self) -> Path:
@@ -68,23 +68,24 @@ class Site:
 
         return self.cluster.wait_for_job(job, reached, f"at step {step}", timeout)
 
-    def losses(self, name: str) -> list[float]:
+    def losses(self, name: str, max_steps: int = MAX_STEPS) -> list[float]:
         """Of all steps; what a step gave when it ran last."""
         last = {entry["step"]: entry["loss"] for entry in self.lab.events(name, "step")}
-        assert list(last) == list(range(1, MAX_STEPS + 1)), last
+        assert list(last) == list(range(1, max_steps + 1)), last
         return list(last.values())
 
-    def reference(self, num_ranks: int) -> list[float]:
+    def reference(self, num_ranks: int, max_steps: int = MAX_STEPS) -> list[float]:
         """The losses of a run that is not interrupted, of local processes without Slurm."""
-        if num_ranks not in self.references:
-            name = f"reference-{num_ranks}"
+        if (num_ranks, max_steps) not in self.references:
+            name = f"reference-{num_ranks}-{max_steps}"
             command: list[str | Path] = [REPOSITORY / "launch" / "train.py"]
-            command += ["--config", self.lab.folder / "recipe.yaml", f"run_dir={self.lab.run_dir(name)}"]
+            command += ["--config", self.lab.folder / "recipe.yaml"]
+            command += [f"run_dir={self.lab.run_dir(name)}", f"train.max_steps={max_steps}"]
             folder = self.lab.folder / "output" / name
             for ended in fork_ranks(command, num_ranks, folder, timeout=240, **self.lab.environment):
                 assert ended.code == 0, ended.output
-            self.references[num_ranks] = self.losses(name)
-        return self.references[num_ranks]
+            self.references[num_ranks, max_steps] = self.losses(name, max_steps)
+        return self.references[num_ranks, max_steps]
 
 
 def make_site(cluster: Cluster, folder: Path) -> Site:

@@ -71,26 +71,27 @@ def test_a_job_that_is_asked_to_stop_goes_on_exactly(site: Site) -> None:
 
 def test_a_preempted_and_a_requeued_job_go_on_exactly_until_the_cap(site: Site) -> None:
     """Preempted, requeued and requeued again, which is more than it may; then the same command resumes."""
-    name = "again"
-    job = site.train(name, nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="2")
+    name, max_steps = "again", 5 * MAX_STEPS  # one rank is fast: it must not be done before Slurm has stopped it thrice
+    again = (name, f"train.max_steps={max_steps}")
+    job = site.train(*again, nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="2")
     site.wait_for_step(job, name, 1)
     preempt(site)
     for restarts in (1, 2):
         # running: until then ranks of the start before may still complete a step
-        again = ("RUNNING", restarts)
-        site.cluster.wait_for_job(job, lambda now, it=again: (now.state, now.restarts) == it, "restarted", timeout=200)
+        wanted = ("RUNNING", restarts)
+        site.cluster.wait_for_job(job, lambda now, it=wanted: (now.state, now.restarts) == it, "restarted", timeout=200)
         site.wait_for_step(job, name, max(site.steps(name)) + 1)
         site.cluster.run(LOGIN, "scontrol", "requeue", job)
     capped = site.cluster.wait(job, timeout=200)
     assert (capped.state, capped.code, capped.restarts) == ("FAILED", 75, 3), capped.story
     assert "not restarted: it has been restarted 3 times, QVTUNE_MAX_RESTARTS is 2" in capped.log(), capped.story
     assert [entry["reason"] for entry in site.lab.events(name, "run_end")] == ["stopped"] * 3
-    assert max(site.steps(name)) < MAX_STEPS
+    assert max(site.steps(name)) < max_steps
 
-    done = site.cluster.wait(site.train(name, nodes=1, options=("--partition=low",)), timeout=400)
+    done = site.cluster.wait(site.train(*again, nodes=1, options=("--partition=low",)), timeout=400)
     restarted(done, times=0)
-    assert site.losses(name) == site.reference(1)
-    assert site.steps(name) == list(range(1, MAX_STEPS + 1))
+    assert site.losses(name, max_steps) == site.reference(1, max_steps)
+    assert site.steps(name) == list(range(1, max_steps + 1))
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
