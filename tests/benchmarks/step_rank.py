@@ -16,6 +16,7 @@ import torch
 
 from qvtune.config.schema import RunConfig
 from qvtune.distributed import process_group
+from qvtune.distributed.command import before_imports
 from qvtune.system import peak_rss_bytes
 
 # As in the documentation of transformers and TRL.
@@ -170,6 +171,8 @@ def main() -> None:
     way, folder = sys.argv[1], Path(sys.argv[3])
     settings = json.loads(Path(sys.argv[2]).read_text())
     turns = Turns(folder)
+    if way == "ours":
+        before_imports()
     process_group.start()
     {"ours": ours, "trl": trl}[way](settings, folder, turns)
     device_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

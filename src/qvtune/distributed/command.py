@@ -35,7 +35,7 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
     except UserError as error:
         _print_before_start(error)
         return error.exit_code
-    _before_imports()
+    before_imports()
     with heavy_imports():
         from qvtune.distributed import process_group  # imports torch, which takes seconds
     try:
@@ -55,7 +55,7 @@ def run_command(check: Callable[[], Checked], command: Callable[[Checked], int])
 
 def run_alone(command: Callable[[], object]) -> int:
     """Run ``command`` without a process group; 0, or the exit code of UserError or StopRequested, which are printed."""
-    _before_imports()
+    before_imports()
     try:
         command()
     except UserError as error:
@@ -76,7 +76,7 @@ def run_on_rank_0(command: Callable[[], object]) -> int:
     return run_alone(command)
 
 
-def _before_imports() -> None:
+def before_imports() -> None:
     """Settings of libraries that have to be made before they are imported."""
     # FutureWarnings that libraries cause in each other: the user cannot change anything about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
