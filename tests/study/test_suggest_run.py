@@ -47,6 +47,7 @@ def test_a_search_ends_with_a_recipe_that_can_be_trained(
     folder = tmp_path / "search"
     suggest(recipe, ["train.seed=5"], folder, Request(budget=15.0), balance=True, workers=2)
     shown = capsys.readouterr().out
+    assert "warning: below 150 steps a run is mostly warm-up and noise, and the first runs here have 1:" in shown
     assert "balance point: lambda = " in shown and "Balance point, at which" in shown
     verdict = json.loads((folder / "verdict.json").read_text())
     results = read_results(folder, "eval")

@@ -25,7 +25,7 @@ from qvtune.study.verdict import Verdict, next_cells
 from qvtune.study.worker import FAILED
 
 SEARCH_FILE = "search.yaml"
-_SHORTEST = 150  # optimizer steps of a full run of the search; less is mostly warm-up and noise
+SHORTEST = 150  # optimizer steps of a full run of the search; less is mostly warm-up and noise
 _OCTAVES = 3  # searched below and above the recipe's rates
 _RESERVE = 2  # seeds of the two finalists on top, if the budget allows
 
@@ -77,7 +77,7 @@ def search_of(
     start = start_of(run)
     low = request.low or min(start) / 2**_OCTAVES
     high = request.high or max(start) * 2**_OCTAVES
-    shortest = min(total_steps, _SHORTEST)
+    shortest = min(total_steps, SHORTEST)
     affordable = request.budget * total_steps
     with_reserve = int(affordable / (COST + 2 * _RESERVE))
     steps = steps or min(total_steps, max(min(shortest, int(affordable / COST)), with_reserve))

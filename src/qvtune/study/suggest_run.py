@@ -10,7 +10,8 @@ from qvtune.study.balance import measure_balance
 from qvtune.study.cell import Cell
 from qvtune.study.extra import require_extra
 from qvtune.study.run import run_cells
-from qvtune.study.suggest import Request, begun, check_recipe, search_all, search_of
+from qvtune.study.search import WIDE
+from qvtune.study.suggest import SHORTEST, Request, begun, check_recipe, search_all, search_of
 from qvtune.study.suggest_report import write
 from qvtune.train.data import TRAIN, load_data, max_steps
 
@@ -37,6 +38,13 @@ def suggest(
         f"{search.most_seeds} seeds",
         markup=False,
     )
+    if search.steps < SHORTEST:
+        out.print(
+            f"warning: below {SHORTEST} steps a run is mostly warm-up and noise, and the first runs here have "
+            f"{max(1, search.steps // WIDE)}: they can prefer other rates than the recipe's {total_steps} steps",
+            markup=False,
+            soft_wrap=True,
+        )
 
     def evaluate(cells: Sequence[Cell]) -> None:
         run_cells(
