@@ -1,12 +1,11 @@
 """The search of (eta_QK, eta_V): which short runs are needed next, as a function of the results so far.
 
-Five stages, whose runs are all complete runs with their own warm-up and decay, evaluated on the same rows:
+Four stages, whose runs are all complete runs with their own warm-up and decay, evaluated on the same rows:
 
     noise    the recipe's own rates, full length, several seeds
     wide     an eighth of the length: points that fill the box, and a line of points with lambda = 1
     narrow   half the length: the best so far, and points where a Gaussian process expects better ones
-    probe    full length: what the runs so far let expect as the best with lambda = 1, and as the best with another
-    final    full length, several seeds: the same two, as they are expected after the probe
+    final    full length, several seeds: the best setting with lambda = 1 and the best one with another lambda
 
 Settings with lambda = eta_V / eta_QK = 1 are chosen among themselves, so that what lambda brings is judged against the
 best rate without it. Each stage is a function of the results of the stages before; nothing else is remembered, so a
@@ -32,7 +31,7 @@ _BEST, _NEW = 2, 2  # runs of the narrow stage: the best so far and new ones, wi
 _SEARCH_SEED = 1000  # added to train.seed in the stages that choose, so that the last one is judged by other seeds
 _SAME = 1.25  # lambda and 1 / lambda up to this count as 1
 # In lengths of a full run; more seeds come on top.
-COST = SEEDS + (_SPREAD + _LINE + 2) / WIDE + 2 * (_BEST + _NEW) / NARROW + 2 + 2 * SEEDS
+COST = SEEDS + (_SPREAD + _LINE + 2) / WIDE + 2 * (_BEST + _NEW) / NARROW + 2 * SEEDS
 
 
 class Rates(NamedTuple):
@@ -124,7 +123,6 @@ def stages(search: Search) -> list[Callable[[Results], list[Trial]]]:
         lambda results: search.trials([search.start], FULL, range(SEEDS)),
         lambda results: search.trials(_wide(search), WIDE, [_SEARCH_SEED]),
         lambda results: search.trials(_narrow(search, results), NARROW, [_SEARCH_SEED]),
-        lambda results: search.trials(_expected_best(search, results, (WIDE, NARROW)), FULL, [_SEARCH_SEED]),
         lambda results: search.trials(finalists(search, results), FULL, range(SEEDS)),
     ]
 
@@ -146,14 +144,13 @@ def _wide(search: Search) -> list[Rates]:
     return [search.start, *balanced, *points, *line]
 
 
-def tried(search: Search, results: Results, divisor: int, *, final: bool = True) -> dict[Rates, float]:
+def tried(search: Search, results: Results, divisor: int) -> dict[Rates, float]:
     """Losses of all settings that were run for the length divided by ``divisor``, means over seeds.
 
-    Without ``final``, of full runs those of the probe alone. Losses far above the best say no more than that they are,
-    and would flatten what a model of them sees.
+    Losses far above the best say no more than that they are, and would flatten what a model of them sees.
     """
     runs: dict[Rates, list[float]] = {}
-    for stage in {WIDE: (1,), NARROW: (2,), FULL: (0, 3, 4) if final else (3,)}[divisor]:
+    for stage in {WIDE: (1,), NARROW: (2,), FULL: (0, 3)}[divisor]:
         for trial in stages(search)[stage](results):
             runs.setdefault(trial.rates, []).append(results[trial.name].loss)
     found = {rates: float(np.mean(losses)) for rates, losses in runs.items()}
@@ -178,11 +175,7 @@ def _narrow(search: Search, results: Results) -> list[Rates]:
 
 def finalists(search: Search, results: Results) -> list[Rates]:
     """The best setting with lambda = 1, and the best with another lambda, as a model of the runs before expects."""
-    return _expected_best(search, results, (WIDE, NARROW, FULL))
-
-
-def _expected_best(search: Search, results: Results, divisors: Sequence[int]) -> list[Rates]:
-    model = model_of(search, results, divisors, final=False)
+    model = model_of(search, results, (WIDE, NARROW))
     return [search.clipped(*pairs[int(means(model, pairs).argmin())]) for pairs in candidates(search)]
 
 
@@ -193,12 +186,12 @@ def candidates(search: Search, per_axis: int = 33) -> tuple[list[Rates], list[Ra
     return [Rates(eta, eta) for eta in line], [one for one in others if not one.are_equal]
 
 
-def model_of(search: Search, results: Results, divisors: Sequence[int], *, final: bool = True) -> Any:
-    """Fitted to the losses of the runs of these lengths, ``final`` as ``tried``."""
+def model_of(search: Search, results: Results, divisors: Sequence[int]) -> Any:
+    """Fitted to the losses of the runs of these lengths."""
     observations: list[Observation] = []
     losses: list[float] = []
     for divisor in divisors:
-        found = tried(search, results, divisor, final=final)
+        found = tried(search, results, divisor)
         observations += [(rates.qk, rates.v, log2(divisor)) for rates in found]
         losses += found.values()
     return fit(tuple(observations), tuple(losses))

@@ -99,8 +99,7 @@ def _verdict(
 ) -> Verdict:
     equal, other = pair
     margin = search.margin * loss
-    # Where the other lambda is worse in any case, it does not matter that it is at an end of the box.
-    edges = tuple(_edges(search, results, equal) + ([] if found.low > 0 else _edges(search, results, other)))
+    edges = tuple(_edges(search, results, equal) + _edges(search, results, other))
     kind: Kind = "not decided"
     rates, more = None, 0
     if edges:
@@ -155,7 +154,7 @@ def _more_seeds(found: Comparison, margin: float, noise: SeedNoise) -> int:
 
 def _edges(search: Search, results: Results, finalist: Rates) -> list[str]:
     """At which ends of the box a finalist is, where a model of the runs expects nothing as good off that end."""
-    model = model_of(search, results, (WIDE, NARROW, FULL), final=False)
+    model = model_of(search, results, (WIDE, NARROW))
     of_kind = candidates(search)[0 if finalist.are_equal else 1]
     expected = dict(zip(of_kind, means(model, of_kind), strict=True))
     found = []
