@@ -104,8 +104,12 @@ class Search:
 
     def trials(self, rates: Sequence[Rates], divisor: int, seeds: Sequence[int]) -> list[Trial]:
         """Runs of all ``rates`` with all ``seeds``."""
-        steps = max(1, self.steps // divisor)
+        steps = self.length(divisor)
         return [Trial(one, steps, self.seed + seed) for one in dict.fromkeys(rates) for seed in seeds]
+
+    def length(self, divisor: int) -> int:
+        """Optimizer steps of a run of a full one's length divided by ``divisor``."""
+        return max(1, self.steps // divisor)
 
     @property
     def ends(self) -> tuple[float, float]:

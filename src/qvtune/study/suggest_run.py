@@ -41,7 +41,7 @@ def suggest(
     if search.steps < SHORTEST:
         out.print(
             f"warning: below {SHORTEST} steps a run is mostly warm-up and noise, and the first runs here have "
-            f"{max(1, search.steps // WIDE)}: they can prefer other rates than the recipe's {total_steps} steps",
+            f"{search.length(WIDE)}: they can prefer other rates than the recipe's {total_steps} steps",
             markup=False,
             soft_wrap=True,
         )
