@@ -6,7 +6,7 @@ Example:
   python launch/study.py toy --output studies/toy
   python launch/study.py bounds launch/recipes/glue_sst2.yaml
   python launch/study.py table studies/glue
-  python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 15 --output studies/sst2
+  python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 17 --output studies/sst2
   python launch/study.py attention studies/glue/cells/CELL
 
 `python launch/study.py COMMAND --help` explains a command.
@@ -99,7 +99,7 @@ SUGGEST = """Recommend eta_QK and eta_V for a recipe, from short complete runs o
 
 Example:
   python launch/study.py suggest launch/recipes/llama3_8b_qv.yaml --budget 10% --output studies/rates
-  python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 15 --output studies/sst2
+  python launch/study.py suggest launch/recipes/glue_sst2.yaml --budget 17 --output studies/sst2
 
 The best setting with lambda = 1 and the best one with another lambda are compared over the rows of data.eval and over
 seeds. The verdict: recommended; no difference, so lambda = 1; not decided, needs more seeds; or edge of the box. Writes
@@ -170,7 +170,7 @@ def main() -> int:
     suggest = commands.add_parser("suggest", help="recommend eta_QK and eta_V", documentation=SUGGEST)
     suggest.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the settings of a run")
     suggest.add_argument(
-        "--budget", type=_budget, required=True, metavar="B", help="in runs of the recipe: 15, or 10%%"
+        "--budget", type=_budget, required=True, metavar="B", help="in runs of the recipe: 17, or 10%%"
     )
     suggest.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the search")
     suggest.add_argument("--low", type=float, metavar="ETA", help="lowest rate; default: an eighth of the recipe's")
@@ -267,7 +267,7 @@ def _budget(text: str) -> float:
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs > 0, as in 15, and no share of one, as in 10%")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs > 0, as in 17, and no share of one, as in 10%")
     return found
 
 

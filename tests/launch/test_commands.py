@@ -58,7 +58,7 @@ WRONG = {
         (["table", "{folder}"], "is no study; give a folder whose grid.yaml"),
         (["table", "{folder}", "--target-loss=low"], "--target-loss: 'low' is not a loss, as 0.25"),
         (["suggest", "{recipe}", "--budget=10%", "--output={folder}/out", "train.max_step=3"], "`train.max_steps`?"),
-        (["suggest", "{recipe}", "--budget=ten", "--output={folder}/out"], "'ten' is no number of runs > 0, as in 15"),
+        (["suggest", "{recipe}", "--budget=ten", "--output={folder}/out"], "'ten' is no number of runs > 0, as in 17"),
         (["bounds", "{recipe}", "--rows=many"], "--rows: 'many' is not a whole number > 0"),
     ],
     "doctor": [(["--config", "{recipe}", "train.max_step=3"], "`train.max_steps`?")],

@@ -8,7 +8,7 @@ import pytest
 
 from qvtune.errors import UserError
 from qvtune.study.proposals import promising, spread
-from qvtune.study.search import COST, FULL, NARROW, SEEDS, WIDE, Outcome, Rates, Trial, next_trials, stages
+from qvtune.study.search import COST, FULL, NARROW, SEEDS, WIDE, Outcome, Rates, Trial, capped, next_trials, stages
 from qvtune.study.surface import fit, means, optima
 from qvtune.study.verdict import Verdict, next_cells
 from tests.support.synthetic import KINDS, Landscape, search_all, search_of
@@ -66,7 +66,7 @@ def test_the_stages_cost_what_is_said() -> None:
     _, results = search_all(search, KINDS["lambda 8 is better"])
     steps = [[trial.steps / search.steps for trial in stage(results)] for stage in stages(search)]
     assert sum(map(sum, steps)) <= COST
-    assert [set(one) for one in steps] == [{1 / FULL}, {1 / WIDE}, {1 / NARROW}, {1 / FULL}]
+    assert [set(one) for one in steps] == [{1 / FULL}, {1 / WIDE}, {1 / NARROW}, {1 / FULL}, {1 / FULL}]
     wide = [trial.rates for trial in stages(search)[1](results)]
     assert sum(rates.are_equal for rates in wide) >= 5, "lambda = 1 has points of its own"
     assert search.start in wide
@@ -74,9 +74,31 @@ def test_the_stages_cost_what_is_said() -> None:
     assert Rates(5e-5, 8e-4) in {trial.rates for trial in stages(balanced)[1](results)}
 
 
+def test_full_runs_correct_what_shorter_runs_prefer() -> None:
+    """Shorter runs have their optimum at four times the rates, and do not show that it moves."""
+    search, full = search_of(), replace(KINDS["lambda 1 is best"], drift=0.0)
+    short = replace(full, qk=4 * full.qk, v=4 * full.v)
+    results: dict[str, Outcome] = {}
+    while not isinstance(found := next_cells(search, results), Verdict):
+        trials = {trial.name: (full if trial.steps == search.steps else short, trial) for trial in found}
+        results |= {name: landscape.run(trial, search.steps) for name, (landscape, trial) in trials.items()}
+    probed = [trial.rates for trial in stages(search)[3](results)]
+    assert all(abs(math.log2(rates.v / short.v)) < 0.7 for rates in probed)
+    assert full.truth(found.equal) < full.truth(probed[0]) - 0.02
+
+
+def test_what_is_far_is_the_same_for_all_lengths() -> None:
+    """Of three full runs the two best are as good as each other; the third one must not count as nearly as good."""
+    one, two, far, failed = (Rates(eta, eta) for eta in (1e-4, 2e-4, 3e-4, 4e-4))
+    short, full = capped([{one: 1.0, two: 1.5, far: 9.0}, {one: 0.5, two: 0.5, far: 2.0, failed: math.inf}])
+    assert short == {one: 1.0, two: 1.5, far: 3.0}
+    assert full == {one: 0.5, two: 0.5, far: 2.0, failed: 2.5}
+    assert math.isfinite(capped([{failed: math.inf}])[0][failed]), "a model needs numbers, also where all have failed"
+
+
 def test_what_is_not_decided_asks_for_seeds_and_uses_them() -> None:
     """The noise of seeds is larger than what lambda brings."""
-    landscape = replace(KINDS["lambda 8 is better"], seed_noise=0.03, number=3)
+    landscape = replace(KINDS["lambda 8 is better"], seed_noise=0.03, number=9)
     few, results = search_all(search_of(most_seeds=SEEDS), landscape)
     assert few.kind == "not decided" and few.rates is None and few.more_seeds > 1
     assert few.comparison.low < -few.margin and few.comparison.high > 0 and few.comparison.num_seeds == SEEDS
@@ -96,7 +118,7 @@ def test_an_optimum_outside_of_the_box_is_said_to_be_there() -> None:
 
 
 def test_runs_that_diverge_are_results_and_those_of_the_last_stage_are_needed() -> None:
-    search, landscape = search_of(), KINDS["lambda 1 is best"]
+    search, landscape = search_of(), replace(KINDS["lambda 1 is best"], number=2)
 
     def run(trial: Trial) -> Outcome:
         too_high = trial.rates.v > 3e-3 or trial.rates.qk > 3e-3

@@ -34,7 +34,7 @@ train: {{max_steps: 9, global_batch_size: 2}}
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_run(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"--budget: 14 runs of 9 steps; the search takes 14.9 runs of at least 9 steps"
+        UserError, match=r"--budget: 14 runs of 9 steps; the search takes 16.9 runs of at least 9 steps"
     ):
         suggest(recipe, [], tmp_path / "search", Request(budget=14.0), balance=True, workers=1)
     assert not (tmp_path / "search").exists()
@@ -45,7 +45,7 @@ def test_a_search_ends_with_a_recipe_that_can_be_trained(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "search"
-    suggest(recipe, ["train.seed=5"], folder, Request(budget=15.0), balance=True, workers=2)
+    suggest(recipe, ["train.seed=5"], folder, Request(budget=17.0), balance=True, workers=2)
     shown = capsys.readouterr().out
     assert "warning: below 150 steps a run is mostly warm-up and noise, and the first runs here have 1:" in shown
     assert "balance point: lambda = " in shown and "Balance point, at which" in shown
@@ -61,5 +61,5 @@ def test_a_search_ends_with_a_recipe_that_can_be_trained(
 
     before = (folder / "verdict.json").read_bytes()
     (folder / "verdict.json").unlink()
-    suggest(recipe, ["train.seed=5"], folder, Request(budget=15.0), balance=True, workers=2)
+    suggest(recipe, ["train.seed=5"], folder, Request(budget=17.0), balance=True, workers=2)
     assert (folder / "verdict.json").read_bytes() == before

@@ -1,11 +1,12 @@
 """The search of (eta_QK, eta_V): which short runs are needed next, as a function of the results so far.
 
-Four stages, whose runs are all complete runs with their own warm-up and decay, evaluated on the same rows:
+Five stages, whose runs are all complete runs with their own warm-up and decay, evaluated on the same rows:
 
     noise    the recipe's own rates, full length, several seeds
     wide     an eighth of the length: points that fill the box, and a line of points with lambda = 1
     narrow   half the length: the best so far, and points where a Gaussian process expects better ones
-    final    full length, several seeds: the best setting with lambda = 1 and the best one with another lambda
+    probe    full length: what the runs so far let expect as the best with lambda = 1, and as the best with another
+    final    full length, several seeds: the same two, as they are expected after the probe
 
 Settings with lambda = eta_V / eta_QK = 1 are chosen among themselves, so that what lambda brings is judged against the
 best rate without it. Each stage is a function of the results of the stages before; nothing else is remembered, so a
@@ -31,7 +32,7 @@ _BEST, _NEW = 2, 2  # runs of the narrow stage: the best so far and new ones, wi
 _SEARCH_SEED = 1000  # added to train.seed in the stages that choose, so that the last one is judged by other seeds
 _SAME = 1.25  # lambda and 1 / lambda up to this count as 1
 # In lengths of a full run; more seeds come on top.
-COST = SEEDS + (_SPREAD + _LINE + 2) / WIDE + 2 * (_BEST + _NEW) / NARROW + 2 * SEEDS
+COST = SEEDS + (_SPREAD + _LINE + 2) / WIDE + 2 * (_BEST + _NEW) / NARROW + 2 + 2 * SEEDS
 
 
 class Rates(NamedTuple):
@@ -127,6 +128,7 @@ def stages(search: Search) -> list[Callable[[Results], list[Trial]]]:
         lambda results: search.trials([search.start], FULL, range(SEEDS)),
         lambda results: search.trials(_wide(search), WIDE, [_SEARCH_SEED]),
         lambda results: search.trials(_narrow(search, results), NARROW, [_SEARCH_SEED]),
+        lambda results: search.trials(_expected_best(search, results, (WIDE, NARROW)), FULL, [_SEARCH_SEED]),
         lambda results: search.trials(finalists(search, results), FULL, range(SEEDS)),
     ]
 
@@ -148,25 +150,34 @@ def _wide(search: Search) -> list[Rates]:
     return [search.start, *balanced, *points, *line]
 
 
-def tried(search: Search, results: Results, divisor: int) -> dict[Rates, float]:
+def tried(search: Search, results: Results, divisor: int, *, final: bool = True) -> dict[Rates, float]:
     """Losses of all settings that were run for the length divided by ``divisor``, means over seeds.
 
-    Losses far above the best say no more than that they are, and would flatten what a model of them sees.
+    Infinite where a run failed. Without ``final``, of full runs those before the last stage.
     """
     runs: dict[Rates, list[float]] = {}
-    for stage in {WIDE: (1,), NARROW: (2,), FULL: (0, 3)}[divisor]:
+    for stage in {WIDE: (1,), NARROW: (2,), FULL: (0, 3, 4) if final else (0, 3)}[divisor]:
         for trial in stages(search)[stage](results):
             runs.setdefault(trial.rates, []).append(results[trial.name].loss)
-    found = {rates: float(np.mean(losses)) for rates, losses in runs.items()}
-    finite = [loss for loss in found.values() if np.isfinite(loss)]
-    if not finite:
-        return found
-    best, middle = min(finite), float(np.median(finite))
-    return {rates: min(loss, best + 4 * max(middle - best, 1e-9)) for rates, loss in found.items()}
+    return {rates: float(np.mean(losses)) for rates, losses in runs.items()}
+
+
+def capped(found: Sequence[dict[Rates, float]]) -> list[dict[Rates, float]]:
+    """Losses of several lengths, none far above the best of its length, which would flatten what a model sees.
+
+    How far is the same for all: a length of few runs, all of them good, does not say what is far.
+    """
+    finite = [[loss for loss in losses.values() if np.isfinite(loss)] for losses in found]
+    spans = [float(np.median(losses)) - min(losses) for losses in finite if losses]
+    far = 4 * max([1e-9, *spans])
+    return [
+        {rates: min(loss, min(known, default=0.0) + far) for rates, loss in losses.items()}
+        for losses, known in zip(found, finite, strict=True)
+    ]
 
 
 def _narrow(search: Search, results: Results) -> list[Rates]:
-    losses = tried(search, results, WIDE)
+    (losses,) = capped([tried(search, results, WIDE)])
     ranked = sorted(losses, key=lambda rates: losses[rates])
     chosen = [rates for rates in ranked if rates.are_equal][:_BEST]
     chosen += [rates for rates in ranked if not rates.are_equal][:_BEST]
@@ -179,7 +190,11 @@ def _narrow(search: Search, results: Results) -> list[Rates]:
 
 def finalists(search: Search, results: Results) -> list[Rates]:
     """The best setting with lambda = 1, and the best with another lambda, as a model of the runs before expects."""
-    model = model_of(search, results, (WIDE, NARROW))
+    return _expected_best(search, results, (WIDE, NARROW, FULL))
+
+
+def _expected_best(search: Search, results: Results, divisors: Sequence[int]) -> list[Rates]:
+    model = model_of(search, results, divisors, final=False)
     return [search.clipped(*pairs[int(means(model, pairs).argmin())]) for pairs in candidates(search)]
 
 
@@ -190,12 +205,12 @@ def candidates(search: Search, per_axis: int = 33) -> tuple[list[Rates], list[Ra
     return [Rates(eta, eta) for eta in line], [one for one in others if not one.are_equal]
 
 
-def model_of(search: Search, results: Results, divisors: Sequence[int]) -> Any:
-    """Fitted to the losses of the runs of these lengths."""
+def model_of(search: Search, results: Results, divisors: Sequence[int], *, final: bool = True) -> Any:
+    """Fitted to the losses of the runs of these lengths, ``final`` as ``tried``."""
     observations: list[Observation] = []
     losses: list[float] = []
-    for divisor in divisors:
-        found = tried(search, results, divisor)
+    every = capped([tried(search, results, divisor, final=final) for divisor in divisors])
+    for divisor, found in zip(divisors, every, strict=True):
         observations += [(rates.qk, rates.v, log2(divisor)) for rates in found]
         losses += found.values()
     return fit(tuple(observations), tuple(losses))

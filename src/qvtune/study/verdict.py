@@ -72,9 +72,9 @@ def next_cells(search: Search, results: Results) -> list[Trial] | Verdict:
     seeds = SEEDS
     while True:
         verdict = judge(search, results, seeds)
-        seeds += verdict.more_seeds
-        if verdict.kind != "not decided" or seeds > search.most_seeds:
+        if verdict.kind != "not decided" or seeds == search.most_seeds:
             return verdict
+        seeds = min(seeds + verdict.more_seeds, search.most_seeds)
         more = search.trials((verdict.equal, verdict.other), FULL, range(SEEDS, seeds))
         missing = [trial for trial in more if trial.name not in results]
         if missing:
@@ -99,7 +99,8 @@ def _verdict(
 ) -> Verdict:
     equal, other = pair
     margin = search.margin * loss
-    edges = tuple(_edges(search, results, equal) + _edges(search, results, other))
+    # Where the other lambda is worse in any case, it does not matter that it is at an end of the box.
+    edges = tuple(_edges(search, results, equal) + ([] if found.low > 0 else _edges(search, results, other)))
     kind: Kind = "not decided"
     rates, more = None, 0
     if edges:
@@ -154,7 +155,7 @@ def _more_seeds(found: Comparison, margin: float, noise: SeedNoise) -> int:
 
 def _edges(search: Search, results: Results, finalist: Rates) -> list[str]:
     """At which ends of the box a finalist is, where a model of the runs expects nothing as good off that end."""
-    model = model_of(search, results, (WIDE, NARROW))
+    model = model_of(search, results, (WIDE, NARROW, FULL), final=False)
     of_kind = candidates(search)[0 if finalist.are_equal else 1]
     expected = dict(zip(of_kind, means(model, of_kind), strict=True))
     found = []
