@@ -13,10 +13,10 @@ best rate without it. Each stage is a function of the results of the stages befo
 search that was interrupted anywhere goes on as if it had not been.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import log2
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,7 +128,7 @@ def stages(search: Search) -> list[Callable[[Results], list[Trial]]]:
         lambda results: search.trials([search.start], FULL, range(SEEDS)),
         lambda results: search.trials(_wide(search), WIDE, [_SEARCH_SEED]),
         lambda results: search.trials(_narrow(search, results), NARROW, [_SEARCH_SEED]),
-        lambda results: search.trials(_expected_best(search, results, (WIDE, NARROW)), FULL, [_SEARCH_SEED]),
+        lambda results: search.trials(_expected_best(search, results), FULL, [_SEARCH_SEED]),
         lambda results: search.trials(finalists(search, results), FULL, range(SEEDS)),
     ]
 
@@ -189,12 +189,27 @@ def _narrow(search: Search, results: Results) -> list[Rates]:
 
 
 def finalists(search: Search, results: Results) -> list[Rates]:
-    """The best setting with lambda = 1, and the best with another lambda, as a model of the runs before expects."""
-    return _expected_best(search, results, (WIDE, NARROW, FULL))
+    """The best setting with lambda = 1, and the best with another lambda, as a model of the runs before expects.
+
+    At most an octave below the ones that were tried at full length, and not above them: the longer a run, the lower are
+    its best rates (arXiv 2409.19913), and a model is not to be believed far from where it knows full runs.
+    """
+    model = model_of(search, results, (WIDE, NARROW, FULL), final=False)
+    found = []
+    for pairs, top in zip(candidates(search), _expected_best(search, results), strict=True):
+        near = [pair for pair in pairs if _is_just_below(pair.qk, top.qk) and _is_just_below(pair.v, top.v)]
+        found.append(search.clipped(*near[int(means(model, near).argmin())]))
+    return found
 
 
-def _expected_best(search: Search, results: Results, divisors: Sequence[int]) -> list[Rates]:
-    model = model_of(search, results, divisors, final=False)
+def _is_just_below(rate: float, top: float) -> bool:
+    """Whether it is ``top``, which is rounded, or at most an octave lower."""
+    return -1.01 <= math.log2(rate / top) <= 0.01
+
+
+def _expected_best(search: Search, results: Results) -> list[Rates]:
+    """The same two by the runs that are shorter than full ones."""
+    model = model_of(search, results, (WIDE, NARROW))
     return [search.clipped(*pairs[int(means(model, pairs).argmin())]) for pairs in candidates(search)]
 
 
@@ -211,6 +226,6 @@ def model_of(search: Search, results: Results, divisors: Sequence[int], *, final
     losses: list[float] = []
     every = capped([tried(search, results, divisor, final=final) for divisor in divisors])
     for divisor, found in zip(divisors, every, strict=True):
-        observations += [(rates.qk, rates.v, log2(divisor)) for rates in found]
+        observations += [(rates.qk, rates.v, math.log2(divisor)) for rates in found]
         losses += found.values()
     return fit(tuple(observations), tuple(losses))
