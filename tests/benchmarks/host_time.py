@@ -12,13 +12,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from qvtune.config.schema import RunConfig
+from qvtune.distributed.command import before_imports
 from qvtune.distributed.fake_ranks import fake_ranks
-from tests.support.fake_engine import run_of, small_batch, start_engine, whole_objective
 
 ALLOWED = 1.25
 DTYPE, DEPTHS = torch.bfloat16, (2, 8)
@@ -26,15 +28,27 @@ REPEATS, MICRO_BATCHES = 40, 3
 MicroBatch = Callable[[], None]
 
 
+def _run(*arguments: Any, **train: Any) -> RunConfig:
+    """With adapters so small that their factors stay on every rank, as those of a large model do."""
+    from tests.support.fake_engine import run_of
+
+    run = run_of(*arguments, **train)
+    return run.model_copy(update={"adapter": run.adapter.model_copy(update={"rank": 4})})
+
+
 def plain(num_layers: int, *, checkpointing: bool) -> MicroBatch:
     """Forward and backward of the whole model without DeepSpeed."""
-    objective = whole_objective(run_of(1, activation_checkpointing=checkpointing), num_layers, DTYPE)
+    from tests.support.fake_engine import small_batch, whole_objective
+
+    objective = whole_objective(_run(1, activation_checkpointing=checkpointing), num_layers, DTYPE)
     return lambda: objective(small_batch()).backward()
 
 
 def sharded(num_layers: int, num_ranks: int, deepspeed: str, *, checkpointing: bool) -> MicroBatch:
     """The same under DeepSpeed."""
-    run = run_of(num_ranks, deepspeed, activation_checkpointing=checkpointing)
+    from tests.support.fake_engine import small_batch, start_engine
+
+    run = _run(num_ranks, deepspeed, activation_checkpointing=checkpointing)
     engine = start_engine(run, num_layers, num_ranks, DTYPE)
 
     def micro_batch() -> None:
@@ -74,7 +88,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--deepspeed", default="zero3.json")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as qvtune.distributed.command
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    before_imports()
     torch.set_num_threads(1)
     table = Table("ranks", "checkpointing", "plain, ms a layer", options.deepspeed, "ratio")
     worst = 0.0

@@ -1,5 +1,6 @@
 """What is gathered of a decoder layer, how often, and what is not."""
 
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import nvtx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvtune.config.adapter import AdapterSection
 from qvtune.config.schema import ModelSection, RunConfig
 from qvtune.distributed.fake_ranks import fake_ranks, gathered_bytes
 from qvtune.model.adapters import add_adapters
+from qvtune.model.gather import JointParameter
 from qvtune.model.layers import decoder_layers, layer_sizes
+from qvtune.model.shard import release_gathered
 from qvtune.model.skeleton import build_skeleton, read_model_config
 from tests.plan.shapes import make_config_folder
 from tests.support.fake_engine import run_of, small_batch, small_model, start_engine
@@ -92,6 +96,92 @@ def test_small_parameters_stay_and_come_back() -> None:
         assert {parameter.ds_status for parameter in small} == {ZeroParamStatus.NOT_AVAILABLE}
         micro_batch(engine)
         assert {parameter.ds_status for parameter in small} == {ZeroParamStatus.AVAILABLE}
+
+
+def test_the_frozen_parameters_of_a_layer_are_one_for_the_coordinator() -> None:
+    """What a rank keeps of them is one tensor, of which each has its part."""
+    with fake_ranks(NUM_RANKS):
+        engine = start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
+        layer: Any = decoder_layers(engine.module)[0]
+        joint, *others = layer._qvtune_gathered
+        assert isinstance(joint, JointParameter)
+        assert not any(isinstance(one, JointParameter) or not one.requires_grad for one in others)
+        frozen = {id(one) for one in layer.parameters() if not one.requires_grad and not one.ds_persist}
+        assert {id(one) for one in joint.parameters} == frozen
+        pieces = [one.ds_tensor for one in joint.parameters]
+        assert {piece.untyped_storage().data_ptr() for piece in pieces} == {
+            joint.ds_tensor.untyped_storage().data_ptr()
+        }
+        assert sum(piece.numel() for piece in pieces) == joint.ds_tensor.numel() == joint.partition_numel()
+        before = [piece.clone() for piece in pieces]
+        for _ in range(3):
+            micro_batch(engine)
+        assert all(torch.equal(one, piece) for one, piece in zip(before, pieces, strict=True))
+
+
+def test_what_is_gathered_ahead_is_released() -> None:
+    """A forward alone gathers for the backward that does not come, as an evaluation does."""
+    with fake_ranks(NUM_RANKS):
+        engine = start_engine(run_of(NUM_RANKS), 3, NUM_RANKS, torch.float32)
+        expected = [micro_batch(engine).number for _ in range(4)][-1]
+        engine(small_batch())
+        parameters: list[Any] = list(engine.module.parameters())
+        assert any(one.ds_status is not ZeroParamStatus.NOT_AVAILABLE for one in parameters if not one.ds_persist)
+        release_gathered(engine)
+        assert {one.ds_status for one in parameters} == {ZeroParamStatus.NOT_AVAILABLE}
+        micro_batch(engine)  # which gathers the small ones again
+        assert micro_batch(engine).number == expected
+
+
+def test_modules_in_layers_are_not_walked_through_in_every_micro_batch() -> None:
+    """The others are told that a forward runs, and that it has ended; an error leaves the model as it was."""
+    with fake_ranks(NUM_RANKS):
+        engine = start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
+        embedding = engine.module.model.get_base_model().get_input_embeddings()
+        seen: list[bool] = []
+        embedding.register_forward_hook(lambda *_: seen.append(embedding._parameters._in_forward))
+        modules = set(engine.module.modules())
+        micro_batch(engine)
+        assert seen == [True] and not embedding._parameters._in_forward
+        embedding.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine(small_batch())
+        assert set(engine.module.modules()) == modules
+        with WalkedThrough(engine.module) as walked:
+            engine._forward_prologue((), {})
+            engine._forward_epilogue()
+        assert walked.inside == 0
+
+
+class WalkedThrough:
+    """How often ``named_modules`` of a decoder layer is asked."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.layer, self.inside = decoder_layers(module)[0], 0
+
+    def __enter__(self) -> "WalkedThrough":
+        def named_modules(*arguments: Any, **keywords: Any) -> Any:
+            self.inside += 1
+            return type(self.layer).named_modules(self.layer, *arguments, **keywords)
+
+        vars(self.layer)["named_modules"] = named_modules
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del vars(self.layer)["named_modules"]
+
+
+def test_signatures_of_hooks_are_kept_and_ranges_recorded_for_nsight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_ranks(NUM_RANKS):
+        engine = start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
+        layer: Any = decoder_layers(engine.module)[0]
+        for function in (layer.pre_bwd_fn, layer.post_bwd_fn):
+            assert inspect.signature(function.forward) is inspect.signature(function.forward)
+        assert not nvtx.enable_nvtx
+        monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
+        start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
+        assert nvtx.enable_nvtx
+    monkeypatch.setattr(nvtx, "enable_nvtx", False)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 DeepSpeed asks a parameter itself to be gathered, together with others, and to be released. It then handles the parts of
 all ranks one by one, for each parameter: 512 parts on 512 GPUs. Here all parts are copied at once, and since a frozen
 parameter never changes, to release it is to drop it.
+DeepSpeed also keeps the state of each parameter in several of its containers. ``JointParameter`` stands in them for all
+frozen parameters of a layer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +41,71 @@ def use_one_gather(parameters: Iterable[Any]) -> None:
     If trained ones gathered in DeepSpeed's own way, so would what buffers are kept, and the peak of memory.
     """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "all_gather_coalesced")]
-    if any(parameter.all_gather_coalesced is _gather_coalesced for parameter in sharded):
+    if any(_is_short(parameter) for parameter in sharded):
         for parameter in sharded:
             parameter.all_gather_coalesced = _gather_coalesced
+
+
+class JointParameter:
+    """Frozen parameters that are always gathered and released together: for DeepSpeed's coordinator one parameter.
+
+    The pieces that this rank keeps of them become parts of one tensor, ``ds_tensor``.
+    """
+
+    requires_grad = ds_persist = is_external_param = False
+    nvme_swapper = ds_secondary_tensor = None
+
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        self.parameters = sorted(parameters, key=lambda one: one.ds_id)
+        self.ds_id = self.parameters[0].ds_id
+        self.ds_numel = sum(one.ds_numel for one in parameters)
+        self.ds_active_sub_modules: set[int] = set()
+        self.all_gather_coalesced = _gather_coalesced
+        pieces = [one.ds_tensor for one in self.parameters]
+        self.ds_tensor = torch.empty(
+            sum(piece.numel() for piece in pieces),
+            dtype=pieces[0].dtype,
+            device=pieces[0].device,
+            pin_memory=pieces[0].is_pinned(),
+        )
+        torch.cat(pieces, out=self.ds_tensor)
+        for piece, part in zip(pieces, self.ds_tensor.split([piece.numel() for piece in pieces]), strict=True):
+            piece.data = part
+
+    @property
+    def ds_status(self) -> Any:
+        """That of each of the parameters."""
+        return self.parameters[0].ds_status
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        """For messages."""
+        return torch.Size([self.ds_numel])
+
+    def partition_numel(self) -> int:
+        """Elements that this rank keeps."""
+        return self.ds_tensor.numel()
+
+    def partition(self, **_: Any) -> None:
+        """Release all."""
+        for one in self.parameters:
+            one.partition()
+
+    def ds_summary(self, **_: Any) -> list[Any]:
+        """For messages."""
+        return [one.ds_summary() for one in self.parameters]
+
+
+def joined(parameters: Iterable[Any]) -> list[Any]:
+    """Those of a layer that do not stay gathered; one ``JointParameter`` for all that ``ShortGather`` releases."""
+    coming = [one for one in parameters if not one.ds_persist]
+    frozen = [one for one in coming if _is_short(one) and not one.requires_grad]
+    others = [one for one in coming if not _is_short(one) or one.requires_grad]
+    return ([JointParameter(frozen)] if frozen else []) + others
+
+
+def _is_short(parameter: Any) -> bool:
+    return getattr(parameter, "all_gather_coalesced", None) is _gather_coalesced
 
 
 def _gather_coalesced(parameters: Iterable[Any], **_: Any) -> "ShortGather":
@@ -51,19 +115,17 @@ def _gather_coalesced(parameters: Iterable[Any], **_: Any) -> "ShortGather":
 class ShortGather:
     """One collective for several parameters of one dtype, and the handle that DeepSpeed waits for."""
 
-    def __init__(self, parameters: list[Any]) -> None:
+    def __init__(self, given: list[Any]) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        self._parameters = parameters
-        self._numels = [parameter.ds_tensor.ds_numel for parameter in parameters]
-        first = parameters[0]
-        self._buffer: Any = torch.empty(
-            process_group.world_size(), sum(self._numels), dtype=first.ds_tensor.dtype, device=first.device
-        )
+        self._parameters = [one for several in given for one in getattr(several, "parameters", (several,))]
+        self._numels = [parameter.ds_tensor.numel() for parameter in self._parameters]
+        device, dtype = self._parameters[0].device, given[0].ds_tensor.dtype
+        self._buffer: Any = torch.empty(process_group.world_size(), sum(self._numels), dtype=dtype, device=device)
         own = self._buffer[process_group.rank()]
-        torch.cat([parameter.ds_tensor.to(first.device, non_blocking=True) for parameter in parameters], out=own)
+        torch.cat([one.ds_tensor.to(device, non_blocking=True) for one in given], out=own)
         self._work: Any = process_group.start_all_gather(self._buffer.view(-1), own)
-        for parameter in parameters:
+        for parameter in self._parameters:
             assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE, parameter.ds_summary()
             parameter.ds_status = ZeroParamStatus.INFLIGHT
 

@@ -10,7 +10,7 @@ from qvtune.model.adapters import transformers_model
 from qvtune.model.gather import use_one_gather
 from qvtune.model.nf4 import NF4Linear
 from qvtune.model.run_ahead import limit_run_ahead
-from qvtune.model.short_lookups import shorten_lookups
+from qvtune.model.short_lookups import shorten_lookups, shorten_steps
 
 _PERSISTENT_SHARE = 1 / 8  # of a layer's elements: the most that may stay whole on every rank
 
@@ -66,6 +66,7 @@ def hook_layers(engine: Any) -> None:
         transformers_model(objective.model).enable_input_require_grads()
         leaves = [layer for layer in layers if z3_leaf_module(layer)]
         shorten_lookups(objective, leaves, engine.optimizer.persistent_parameters)
+        shorten_steps(engine, leaves)
     limit_run_ahead(layers)
 
 

@@ -1,10 +1,14 @@
 """Decoder layers that DeepSpeed gathers whole, without the Python that it needs where it gathers module by module."""
 
+import inspect
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
+
+from qvtune.model.gather import JointParameter, joined
 
 _GATHERED = "_qvtune_gathered"  # attribute of a layer: the parameters that come and go
 
@@ -30,14 +34,48 @@ def shorten_lookups(root: nn.Module, layers: Sequence[nn.Module], persistent: Se
     few: list[Any] = list(persistent)
     root.register_forward_pre_hook(gather_persistent, prepend=True)
     for layer in layers:
-        setattr(layer, _GATHERED, [one for one in layer.parameters() if not one.ds_persist])  # type: ignore[attr-defined]
+        setattr(layer, _GATHERED, joined(layer.parameters()))
         for module in layer.modules():
             if module is not layer:
                 unchecked = Unchecked(parent_module=module)
                 unchecked.update(module._parameters)
                 module._parameters = unchecked
+    joint = [one for layer in layers for one in getattr(layer, _GATHERED) if isinstance(one, JointParameter)]
+    inside = {id(one) for several in joint for one in several.parameters}
+    setattr(root, _GATHERED, [*joint, *(one for one in root.parameters() if id(one) not in inside)])
     if not hasattr(coordinator.iter_params, "__wrapped__"):
         coordinator.iter_params = _listing_gathered(coordinator.iter_params)
+
+
+def shorten_steps(engine: Any, layers: Sequence[nn.Module]) -> None:
+    """Leave out what DeepSpeed does in every micro-batch for what is not there.
+
+    Before and after forward it walks through all modules to tell their dictionaries of parameters to look for
+    parameters of other modules, which those in ``layers`` do not do. Around each of its functions it records a range
+    for Nsight Systems. torch takes the signature of each of its autograd functions anew unless that is kept.
+    """
+    from deepspeed.utils import nvtx
+
+    def walking_outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def walking(*arguments: Any) -> Any:
+            root.modules = lambda: iter(outside)
+            try:
+                return function(*arguments)
+            finally:
+                del root.modules
+
+        return walking
+
+    root: Any = engine.module
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in root.modules() if module not in inside]
+    engine._forward_prologue = walking_outside(engine._forward_prologue)
+    engine._forward_epilogue = walking_outside(engine._forward_epilogue)
+    nvtx.enable_nvtx = "NSYS_PROFILING_SESSION_ID" in os.environ
+    for layer in layers:
+        functions: Any = layer.pre_bwd_fn, layer.post_bwd_fn
+        for function in functions:
+            function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def _listing_gathered(iter_params: Any) -> Any:
