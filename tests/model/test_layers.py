@@ -17,7 +17,7 @@ from qvtune.distributed.fake_ranks import fake_ranks, gathered_bytes
 from qvtune.model.adapters import add_adapters
 from qvtune.model.gather import JointParameter
 from qvtune.model.layers import decoder_layers, layer_sizes
-from qvtune.model.shard import release_gathered
+from qvtune.model.shard import gathered, release_gathered
 from qvtune.model.skeleton import build_skeleton, read_model_config
 from tests.plan.shapes import make_config_folder
 from tests.support.fake_engine import run_of, small_batch, small_model, start_engine
@@ -131,6 +131,19 @@ def test_what_is_gathered_ahead_is_released() -> None:
         assert {one.ds_status for one in parameters} == {ZeroParamStatus.NOT_AVAILABLE}
         micro_batch(engine)  # which gathers the small ones again
         assert micro_batch(engine).number == expected
+
+
+def test_all_that_was_gathered_together_is_released_together() -> None:
+    """As a generation gathers the parameters of a module. Trained ones may be among them, first or last."""
+    with fake_ranks(NUM_RANKS):
+        engine = start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
+        layer: Any = decoder_layers(engine.module)[0]
+        parameters = [one for one in layer.parameters() if not one.ds_persist]
+        for order in (parameters, parameters[::-1]):
+            with gathered(order):
+                assert {one.ds_status for one in parameters} == {ZeroParamStatus.AVAILABLE}
+            assert {one.ds_status for one in parameters} == {ZeroParamStatus.NOT_AVAILABLE}
+        micro_batch(engine)
 
 
 def test_modules_in_layers_are_not_walked_through_in_every_micro_batch() -> None:

@@ -25,10 +25,13 @@ def use_short_gather(parameter: Any) -> None:
     if parameter.ds_zero_param_process_group is not None or process_group.world_size() == 1:
         return
 
-    def partition(*_: Any, **__: Any) -> None:
+    def partition(param_list: Sequence[Any] | None = None, **keywords: Any) -> None:
         assert parameter.ds_status is not ZeroParamStatus.INFLIGHT, parameter.ds_summary()
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             free_param(parameter)
+        for other in param_list or ():  # DeepSpeed asks one for several
+            if other is not parameter:
+                other.partition(**keywords)
 
     parameter.all_gather_coalesced = _gather_coalesced
     parameter.partition = partition
