@@ -65,8 +65,8 @@ KINDS = {
 
 
 def search_of(**changes: Any) -> Search:
-    """From recipes with lambda = 4; the budget is that of 24 full runs."""
-    return replace(Search(Rates(2e-4, 8e-4), 2e-4 / 8, 8e-4 * 8, steps=800, most_seeds=6), **changes)
+    """From recipes with lambda = 4; the budget is that of 26 full runs."""
+    return replace(Search(Rates(2e-4, 8e-4), 2e-4 / 8, 8e-4 * 8, steps=800, most_seeds=7), **changes)
 
 
 def search_all(search: Search, landscape: Landscape) -> tuple[Verdict, dict[str, Outcome]]:
