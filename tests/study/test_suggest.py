@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from qvtune.study.suggest import (
     search_all,
     search_of,
 )
+from qvtune.study.suggest_report import write
 from tests.study.suggest_worker import REQUEST, STEPS, recipe, run_cell, search
+from tests.support import synthetic
 from tests.support.processes import REPOSITORY
 from tests.support.synthetic import KINDS
 
@@ -81,6 +84,19 @@ def test_the_suggestion_is_a_recipe_with_the_verdict_above_it(finished: Path) ->
     assert run.optimizer.lr == qk and run.optimizer.lr * run.optimizer.lr_multipliers["v"] == pytest.approx(v, rel=1e-4)
     changed = run.model_copy(update={"optimizer": recipe().optimizer})
     assert dump_config(changed) == dump_config(recipe()), "all else is the recipe's"
+
+
+def test_where_nothing_is_decided_the_better_of_the_two_is_suggested_and_it_is_said(tmp_path: Path) -> None:
+    settings = synthetic.search_of(most_seeds=SEEDS)
+    landscape = replace(KINDS["lambda 8 is better"], seed_noise=0.03, number=2)
+    verdict, results = synthetic.search_all(settings, landscape)
+    assert verdict.kind == "not decided" and verdict.rates is None and verdict.comparison.difference < 0
+    said = write(tmp_path, verdict, settings, results, recipe())
+    assert said[1].startswith(f"Until then the better of the two: eta_QK = {verdict.other.qk:.3g}, ")
+    assert (tmp_path / "suggestion.yaml").read_text().startswith("# not decided: needs ")
+    assert load_config(tmp_path / "suggestion.yaml").optimizer.lr == verdict.other.qk
+    assert json.loads((tmp_path / "verdict.json").read_text())["suggested"] == list(verdict.other)
+    assert replace(verdict, comparison=replace(verdict.comparison, difference=0.0)).suggested == verdict.equal
 
 
 def test_a_search_goes_on_only_with_its_own_settings(finished: Path) -> None:

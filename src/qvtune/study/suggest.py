@@ -1,8 +1,8 @@
 """Recommends eta_QK and eta_V for a recipe and its data, from short complete runs on that data.
 
 The folder of a search holds ``search.yaml`` (what is searched), ``cells/`` (the runs), and in the end ``verdict.json``,
-``search.svg`` and, where something is recommended, ``suggestion.yaml``. The run folders are all that is remembered:
-whatever was interrupted, the same command goes on and ends with the same verdict.
+``search.svg`` and ``suggestion.yaml``, a recipe. The run folders are all that is remembered: whatever was interrupted,
+the same command goes on and ends with the same verdict.
 """
 
 import math

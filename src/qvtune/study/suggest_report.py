@@ -22,7 +22,8 @@ Results = Mapping[str, Outcome]
 
 def sentences(verdict: Verdict, search: Search, results: Results) -> list[str]:
     """The verdict, what is behind it, and what it has cost."""
-    return [_first(verdict), *_reasons(verdict), *_balance(verdict, search), _cost(search, results)]
+    until_then = [] if verdict.rates else [f"Until then the better of the two: {_rates(verdict.suggested)}."]
+    return [_first(verdict), *until_then, *_reasons(verdict), *_balance(verdict, search), _cost(search, results)]
 
 
 def _first(verdict: Verdict) -> str:
@@ -74,21 +75,23 @@ def _cost(search: Search, results: Results) -> str:
 
 
 def write(folder: Path, verdict: Verdict, search: Search, results: Results, run: RunConfig) -> list[str]:
-    """Write ``verdict.json``, ``search.svg`` and ``suggestion.yaml`` (only where rates are recommended).
+    """Write ``verdict.json``, ``search.svg`` and ``suggestion.yaml``.
 
     Returns what is in them as sentences. The same results give the same bytes.
     """
     said = sentences(verdict, search, results)
-    content = {"verdict": verdict.kind, **_rounded(asdict(verdict)), "sentences": said}
+    content = {
+        "verdict": verdict.kind,
+        **_rounded(asdict(verdict)),
+        "suggested": list(verdict.suggested),
+        "sentences": said,
+    }
     with atomic_file(folder / "verdict.json") as private:
         private.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _draw(folder / "search.svg", verdict, search, results)
     suggestion = folder / "suggestion.yaml"
-    if verdict.rates is None:
-        suggestion.unlink(missing_ok=True)
-        return said
     with atomic_file(suggestion) as private:
-        private.write_text(_recipe(verdict.rates, run, said), encoding="utf-8")
+        private.write_text(_recipe(verdict.suggested, run, said), encoding="utf-8")
     return [*said, f"python launch/train.py --config {suggestion}"]
 
 

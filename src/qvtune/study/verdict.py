@@ -60,6 +60,11 @@ class Verdict:
     lambda_low: float
     lambda_high: float
 
+    @property
+    def suggested(self) -> Rates:
+        """``rates``; where nothing is recommended yet the better of the two settings so far."""
+        return self.rates or (self.other if self.comparison.difference < 0 else self.equal)
+
 
 def next_cells(search: Search, results: Results) -> list[Trial] | Verdict:
     """The runs that are needed next, or the verdict when there are enough.
