@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qvtune.config.schema import RunConfig
@@ -20,6 +21,7 @@ from tests.support.synthetic import KINDS, Landscape
 
 STEPS = 400
 REQUEST = Request(budget=24.0)
+LANDSCAPE = replace(KINDS["lambda 8 is better"], number=1)
 
 
 def recipe(**sections: object) -> RunConfig:
@@ -68,7 +70,7 @@ def search(folder: Path, pause: float = 0.0) -> None:
 
     def evaluate(cells: Sequence[Cell]) -> None:
         for cell in cells:
-            run_cell(folder / "cells" / cell.name, cell, KINDS["lambda 8 is better"], pause)
+            run_cell(folder / "cells" / cell.name, cell, LANDSCAPE, pause)
 
     verdict, results = search_all(folder, run, settings, evaluate)
     write(folder, verdict, settings, results, run)
