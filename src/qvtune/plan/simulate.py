@@ -88,6 +88,8 @@ def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulat
             _make_fake(model, ZeroPartition(deepspeed_config, setup.dtype) if is_sharded else Whole(_CPU), tracker)
         with tracker.under(TRAINED):
             engine = _start_engine(model, setup.run, deepspeed_config)
+        with tracker.under(BASE):  # which it lays together
+            hook_layers(engine)
         static = tracker.tracked.current.copy()
         static[TRAINED] += _moment_bytes(engine)
         with _naming_causes(tracker):
@@ -129,7 +131,6 @@ def _start_engine(model: nn.Module, run: RunConfig, deepspeed_config: dict[str, 
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
-    hook_layers(engine)
     return engine
 
 
