@@ -185,6 +185,7 @@ class WalkedThrough:
 
 
 def test_signatures_of_hooks_are_kept_and_ranges_recorded_for_nsight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvtx, "enable_nvtx", nvtx.enable_nvtx)  # engines set it; as it was afterwards
     with fake_ranks(NUM_RANKS):
         engine = start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
         layer: Any = decoder_layers(engine.module)[0]
@@ -194,7 +195,6 @@ def test_signatures_of_hooks_are_kept_and_ranges_recorded_for_nsight_alone(monke
         monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
         start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
         assert nvtx.enable_nvtx
-    monkeypatch.setattr(nvtx, "enable_nvtx", False)
 
 
 @pytest.mark.parametrize(

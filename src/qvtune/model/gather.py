@@ -101,10 +101,12 @@ class JointParameter:
 
 def joined(parameters: Iterable[Any]) -> list[Any]:
     """Those of a layer that do not stay gathered; one ``JointParameter`` for all that ``ShortGather`` releases."""
-    coming = [one for one in parameters if not one.ds_persist]
-    frozen = [one for one in coming if _is_short(one) and not one.requires_grad]
-    others = [one for one in coming if not _is_short(one) or one.requires_grad]
-    return ([JointParameter(frozen)] if frozen else []) + others
+    frozen: list[Any] = []
+    others: list[Any] = []
+    for one in parameters:
+        if not one.ds_persist:
+            (frozen if _is_short(one) and not one.requires_grad else others).append(one)
+    return [JointParameter(frozen), *others] if frozen else others
 
 
 def _is_short(parameter: Any) -> bool:

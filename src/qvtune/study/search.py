@@ -6,7 +6,7 @@ Five stages, whose runs are all complete runs with their own warm-up and decay, 
     wide     an eighth of the length: points that fill the box, and a line of points with lambda = 1
     narrow   half the length: the best so far, and points where a Gaussian process expects better ones
     probe    full length: what the runs so far let expect as the best with lambda = 1, and as the best with another
-    final    full length, several seeds: the same two, as they are expected after the probe
+    final    full length, several seeds: the same two, as they are expected after the probe, at most an octave lower
 
 Settings with lambda = eta_V / eta_QK = 1 are chosen among themselves, so that what lambda brings is judged against the
 best rate without it. Each stage is a function of the results of the stages before; nothing else is remembered, so a
