@@ -18,6 +18,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
+from qvtune.model.linear import linear
 from qvtune.model.quantizer import BLOCK, quantize_nf4
 from qvtune.model.shard import Placement, Shard
 from qvtune.system import one_thread
@@ -248,11 +249,11 @@ class _MatMul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, linear: NF4Linear) -> torch.Tensor:
-        ctx.linear = linear
-        bias = None if linear._has_trained_bias else linear.bias
-        return nn.functional.linear(hidden_states, linear.dequantize(), bias)
+    def forward(ctx: Any, hidden_states: torch.Tensor, module: NF4Linear) -> torch.Tensor:
+        ctx.module = module
+        bias = None if module._has_trained_bias else module.bias
+        return linear(hidden_states, module.dequantize(), bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad_outputs[0] @ ctx.linear.dequantize(), None
+        return linear(grad_outputs[0], ctx.module.dequantize().T), None

@@ -22,6 +22,7 @@ from qvtune.data.tokenize import Document, tokenize_rows
 from qvtune.distributed import process_group
 from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES
+from qvtune.model.linear import linear
 from qvtune.tasks.metrics import Documents, in_order
 from qvtune.tasks.task import Task
 
@@ -215,7 +216,7 @@ class FrozenHeadLoss(nn.Module):
         rows = chunk_rows(self.weight.shape[0], hidden_ND.device.type)
         for start in range(0, len(labels_N), rows):
             chunk, label_N1 = slice(start, start + rows), labels_N[start : start + rows, None]
-            log_probs_NV = nn.functional.linear(hidden_ND[chunk], self.weight, self.bias).float()
+            log_probs_NV = linear(hidden_ND[chunk], self.weight, self.bias).float()
             log_probs_NV -= log_probs_NV.logsumexp(dim=-1, keepdim=True)
             at_label_N1 = log_probs_NV.gather(1, label_N1)
             total -= at_label_N1.sum()
@@ -226,5 +227,5 @@ class FrozenHeadLoss(nn.Module):
             if grad_ND is not None:  # d loss / d logits = softmax - one-hot
                 grad_logits_NV = log_probs_NV.exp_()
                 grad_logits_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=torch.float32))
-                grad_ND[chunk] = grad_logits_NV.to(self.weight.dtype) @ self.weight
+                grad_ND[chunk] = linear(grad_logits_NV.to(self.weight.dtype), self.weight.T)
         return total, grad_ND

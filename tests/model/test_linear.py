@@ -1,0 +1,56 @@
+"""Products with frozen matrices against float64, and by which library they are computed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qvtune.model.linear import linear
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    "inputs", [random(66), random(0, 66), random(2, 3, 66), random(66, 5).T, random(1, 66).expand(4, 66)]
+)
+def test_equals_the_product_in_float64(inputs: torch.Tensor, transposed: bool, with_bias: bool) -> None:
+    """Also of one vector, of none, and of tensors that are not contiguous; backward gives the transposed matrix."""
+    weight = random(66, 33).T if transposed else random(33, 66)
+    bias = random(33) if with_bias else None
+    exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(linear(inputs, weight, bias), exact.float(), rtol=1e-5, atol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch comes without oneDNN")
+@pytest.mark.parametrize(
+    ("dtype", "device", "by_onednn"),
+    [(torch.float32, "cpu", True), (torch.bfloat16, "cpu", False), (torch.float32, "meta", False)],
+)
+def test_onednn_computes_float32_on_a_cpu(dtype: torch.dtype, device: str, by_onednn: bool) -> None:
+    inputs, weight = (random(4, 8, dtype=dtype).to(device) for _ in range(2))
+    with Operations() as operations:
+        linear(inputs, weight)
+    assert ("mkldnn._linear_pointwise.default" in operations.names) == by_onednn
+    assert operations.names
+
+
+def test_a_build_of_torch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    inputs, weight = random(4, 8), random(3, 8)
+    assert torch.equal(linear(inputs, weight), nn.functional.linear(inputs, weight))
