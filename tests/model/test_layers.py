@@ -1,6 +1,5 @@
 """What is gathered of a decoder layer, how often, and what is not."""
 
-import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -184,13 +183,10 @@ class WalkedThrough:
         del vars(self.layer)["named_modules"]
 
 
-def test_signatures_of_hooks_are_kept_and_ranges_recorded_for_nsight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_are_recorded_for_nsight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvtx, "enable_nvtx", nvtx.enable_nvtx)  # engines set it; as it was afterwards
     with fake_ranks(NUM_RANKS):
-        engine = start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
-        layer: Any = decoder_layers(engine.module)[0]
-        for function in (layer.pre_bwd_fn, layer.post_bwd_fn):
-            assert inspect.signature(function.forward) is inspect.signature(function.forward)
+        start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)
         assert not nvtx.enable_nvtx
         monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
         start_engine(run_of(NUM_RANKS), 2, NUM_RANKS, torch.float32)

@@ -20,15 +20,14 @@ def use_short_gather(parameter: Any) -> None:
 
     Not where DeepSpeed shards it a second time (hpZ).
     """
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if parameter.ds_zero_param_process_group is not None or process_group.world_size() == 1:
         return
 
     def partition(param_list: Sequence[Any] | None = None, **keywords: Any) -> None:
-        assert parameter.ds_status is not ZeroParamStatus.INFLIGHT, parameter.ds_summary()
-        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-            free_param(parameter)
+        if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
+            _release([parameter])
         for other in param_list or ():  # DeepSpeed asks one for several
             if other is not parameter:
                 other.partition(**keywords)
@@ -47,6 +46,23 @@ def use_one_gather(parameters: Iterable[Any]) -> None:
     if any(_is_short(parameter) for parameter in sharded):
         for parameter in sharded:
             parameter.all_gather_coalesced = _gather_coalesced
+
+
+def _release(parameters: Sequence[Any]) -> None:
+    """Drop what was gathered of frozen parameters, all of one device and dtype."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    first, accelerator = parameters[0].data, get_accelerator()
+    nothing = torch.empty(0, dtype=first.dtype, device=first.device)
+    if accelerator.on_accelerator(first) and not accelerator.is_synchronized_device():
+        stream = accelerator.current_stream()
+        for one in parameters:
+            one.data.record_stream(stream)  # the device may still compute with it
+    for one in parameters:
+        assert one.ds_status is ZeroParamStatus.AVAILABLE and not one.ds_active_sub_modules, one.ds_summary()
+        one.data = nothing
+        one.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
 class JointParameter:
@@ -91,8 +107,7 @@ class JointParameter:
 
     def partition(self, **_: Any) -> None:
         """Release all."""
-        for one in self.parameters:
-            one.partition()
+        _release(self.parameters)
 
     def ds_summary(self, **_: Any) -> list[Any]:
         """For messages."""
@@ -142,6 +157,9 @@ class ShortGather:
             return
         self._work.wait()
         for parameter, parts in zip(self._parameters, self._buffer.split(self._numels, dim=1), strict=True):
-            parameter.data = parts.contiguous().view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+            whole = parts.reshape(-1)
+            if whole.numel() != parameter.ds_numel:  # the last ranks' pieces are filled up
+                whole = whole[: parameter.ds_numel]
+            parameter.data = whole if parameter.ds_shape == whole.shape else whole.view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         self._work = self._buffer = None

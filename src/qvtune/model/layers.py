@@ -8,7 +8,9 @@ from torch import nn
 from qvtune.config.deepspeed import LayerSizes
 from qvtune.model.adapters import transformers_model
 from qvtune.model.gather import use_one_gather
+from qvtune.model.layer_hooks import shorten_hooks
 from qvtune.model.nf4 import NF4Linear
+from qvtune.model.reduce_scatter import use_short_reduce_scatter
 from qvtune.model.run_ahead import limit_run_ahead
 from qvtune.model.short_lookups import shorten_lookups, shorten_steps
 
@@ -58,6 +60,7 @@ def hook_layers(engine: Any) -> None:
     from deepspeed.utils import z3_leaf_module
 
     use_one_gather(objective.parameters())
+    use_short_reduce_scatter()
     layers = decoder_layers(objective)
     if "leaf_module" in zero:
         # DeepSpeed reduces the gradients of a leaf module when those of its inputs are there. Where no input has one
@@ -67,6 +70,7 @@ def hook_layers(engine: Any) -> None:
         leaves = [layer for layer in layers if z3_leaf_module(layer)]
         shorten_lookups(objective, leaves, engine.optimizer.persistent_parameters)
         shorten_steps(engine, leaves)
+        shorten_hooks(engine, leaves)
     limit_run_ahead(layers)
 
 

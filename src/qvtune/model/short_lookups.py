@@ -1,6 +1,5 @@
 """Decoder layers that DeepSpeed gathers whole, without the Python that it needs where it gathers module by module."""
 
-import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -52,8 +51,9 @@ def shorten_steps(engine: Any, layers: Sequence[nn.Module]) -> None:
 
     Before and after forward it walks through all modules to tell their dictionaries of parameters to look for
     parameters of other modules, which those in ``layers`` do not do. Around each of its functions it records a range
-    for Nsight Systems. torch takes the signature of each of its autograd functions anew unless that is kept.
+    for Nsight Systems. It asks for the rank wherever it has a text for rank 0 to print, of which it prints none.
     """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
     from deepspeed.utils import nvtx
 
     def walking_outside(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,10 +72,7 @@ def shorten_steps(engine: Any, layers: Sequence[nn.Module]) -> None:
     engine._forward_prologue = walking_outside(engine._forward_prologue)
     engine._forward_epilogue = walking_outside(engine._forward_epilogue)
     nvtx.enable_nvtx = "NSYS_PROFILING_SESSION_ID" in os.environ
-    for layer in layers:
-        functions: Any = layer.pre_bwd_fn, layer.post_bwd_fn
-        for function in functions:
-            function.forward.__signature__ = inspect.signature(function.forward)
+    coordinator.print_rank_0 = lambda *_, **__: None
 
 
 def _listing_gathered(iter_params: Any) -> Any:

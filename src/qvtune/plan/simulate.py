@@ -82,7 +82,8 @@ def simulate(setup: Setup, num_ranks: int, *, micro_batches: int = 2) -> Simulat
     # DeepSpeed's stage 2 looks at addresses, for NCCL's sake.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
     chunks = patch.dict(MIN_CHUNK_ROWS, cpu=MIN_CHUNK_ROWS[setup.device])
-    with fake_ranks(num_ranks), FakeTensorMode(allow_non_fake_inputs=True), tracker, chunks:
+    products = patch.object(torch.backends.mkldnn, "is_available", return_value=False)  # those of which FLOP are known
+    with fake_ranks(num_ranks), FakeTensorMode(allow_non_fake_inputs=True), tracker, chunks, products:
         with tracker.under(BASE):
             is_sharded = deepspeed_config["zero_optimization"]["stage"] == 3
             _make_fake(model, ZeroPartition(deepspeed_config, setup.dtype) if is_sharded else Whole(_CPU), tracker)

@@ -1,0 +1,70 @@
+"""What ZeRO-3 does around each decoder layer, a leaf module, with less Python than DeepSpeed's own hooks.
+
+DeepSpeed puts autograd functions around a layer's input and output, and asks torch for a backward hook of the module,
+which is two more of them; with activation checkpointing all is done a second time when the layer is recomputed. A layer
+has one input and one output with a gradient, so a hook on each of these two tensors is enough, and a layer that is
+recomputed has been gathered for its backward already.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def shorten_hooks(engine: Any, layers: Sequence[nn.Module]) -> None:
+    """Replace DeepSpeed's hooks of ``layers`` by shorter ones; those of others stay, and run before these.
+
+    ``engine``: what ``deepspeed.initialize`` has returned, with stage 3. A layer takes its hidden states as its first
+    positional argument, as those of transformers do.
+    """
+    offload, optimizer = engine.optimizer.parameter_offload, engine.optimizer
+    handles = (*offload.forward_hooks, *offload.backward_hooks, *optimizer._leaf_module_hooks)
+    reducing = {id(layer._backward_hooks): layer._backward_hooks.copy() for layer in layers}
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    of_layers = {id(getattr(layer, kind)) for layer in layers for kind in kinds}
+    for handle in handles:
+        if id(handle.hooks_dict_ref()) in of_layers:
+            handle.remove()
+    for layer in layers:
+        own = reducing[id(layer._backward_hooks)]
+        of_deepspeed = [hook for key, hook in own.items() if key not in layer._backward_hooks]
+        _hook(layer, offload, of_deepspeed)
+
+
+def _hook(layer: Any, offload: Any, reduce_gradients: Sequence[Callable[..., None]]) -> None:
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    def before_forward(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if _is_recomputed():
+            return
+        offload.pre_sub_module_forward_function(layer)
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(after_backward)
+
+    def after_forward(_: nn.Module, __: Any, output: Any) -> None:
+        if _is_recomputed():
+            return
+        FWD_MODULE_STACK.pop()
+        offload.post_sub_module_forward_function(layer)
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        if hidden_states.grad_fn is not None:
+            # After the hooks of the tensor itself: the layer whose input it is releases before this one is gathered.
+            hidden_states.grad_fn.register_prehook(before_backward)
+
+    def before_backward(_: Any) -> None:
+        offload.pre_sub_module_backward_function(layer)
+
+    def after_backward(_: torch.Tensor) -> None:
+        for reduce in reduce_gradients:
+            reduce(layer, None, None)
+        offload.post_sub_module_backward_function(layer)
+
+    layer.register_forward_pre_hook(before_forward)
+    layer.register_forward_hook(after_forward)
+
+
+def _is_recomputed() -> bool:
+    """Whether this forward is a part of a backward."""
+    return torch._C._current_graph_task_id() != -1
