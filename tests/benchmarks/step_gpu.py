@@ -127,7 +127,7 @@ def dequantizing(config: Any, device: torch.device) -> Table:
     linear = random_matrix(config.hidden_size, config.intermediate_size, device)
     read = sum(linear.layout.piece_bytes().values())
     written = 2 * linear.layout.num_weights
-    total, _ = seconds(linear.dequantize, device)
+    total, _ = seconds(linear.matrix, device)
     shown = table("dequantizing NF4", "matrix", "ms", "GB/s read and written", "weights/ns")
     name = f"{config.intermediate_size} x {config.hidden_size}"
     shown.add_row(

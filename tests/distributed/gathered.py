@@ -62,7 +62,7 @@ class CheckedLinear(NF4Linear):
             if found.dtype != piece.dtype or not torch.equal(found.view(torch.uint8), piece.view(torch.uint8)):
                 self.different.add(name)
 
-    def dequantize(self) -> torch.Tensor:
+    def matrix(self) -> torch.Tensor:
         """Weights without NaN, so that there is something to train."""
         self.compare()
         return torch.full(self.layout.shape, 1e-2, dtype=self.layout.storage)

@@ -17,7 +17,7 @@ from qvtune.model.adapters import PROJECTIONS, add_adapters, group_and_factor, s
 from qvtune.model.families import FAMILIES, trained_matrices
 from qvtune.model.head import HeadSettings
 from qvtune.model.loader import load_whole
-from qvtune.model.skeleton import mark_for_nf4, plain_skeleton
+from qvtune.model.skeleton import freeze, plain_skeleton
 from tests.support.tiny import make_model_folder
 
 
@@ -86,7 +86,7 @@ def test_the_gradient_of_a_bias_beside_a_matrix_in_four_bits(tmp_path: Path) -> 
     frozen = load_whole(folder, ModelSection(), torch.float32).get_submodule("model.layers.0.self_attn.v_proj")
     layer = adapted(folder, AdapterSection(method="bias")).get_submodule("model.layers.0.self_attn.v_proj")
     plain = nn.Linear(layer.in_features, layer.out_features)
-    plain.weight.data, plain.bias.data = layer.dequantize(), layer.bias.detach().clone()
+    plain.weight.data, plain.bias.data = layer.matrix(), layer.bias.detach().clone()
     hidden_states, gradient = torch.randn(2, 5, 64), torch.randn(2, 5, layer.out_features)
     for one in (layer, plain):
         one(hidden_states).backward(gradient)
@@ -231,7 +231,7 @@ def test_as_many_parameters_as_in_the_paper(
     skeleton: Any = plain_skeleton(config, model, torch.float32, "sdpa", head=head)
     skeleton.classifier.to_empty(device="cpu")
     section = AdapterSection(projections=tuple(projections), **settings)
-    mark_for_nf4(skeleton, model, torch.float32, trained=trained_matrices(section, FAMILIES["roberta"]))
+    freeze(skeleton, model, torch.float32, trained=trained_matrices(section, FAMILIES["roberta"]))
     adapted_model = add_adapters(skeleton, section, "roberta-base", 0, "SEQ_CLS", ("classifier",))
     found = sum(parameter.numel() for _, parameter in trainable(adapted_model))
     as_counted = found + HEAD if section.method == "lora" else found

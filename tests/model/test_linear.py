@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvtune.model.linear import linear
+from qvtune.model.linear import FrozenLinear, linear
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -18,7 +18,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     "inputs", [random(66), random(0, 66), random(2, 3, 66), random(66, 5).T, random(1, 66).expand(4, 66)]
 )
 def test_equals_the_product_in_float64(inputs: torch.Tensor, transposed: bool, with_bias: bool) -> None:
-    """Also of one vector, of none, and of tensors that are not contiguous; backward gives the transposed matrix."""
+    """Also of one vector, of none, and of tensors that are not contiguous, as backward has them."""
     weight = random(66, 33).T if transposed else random(33, 66)
     bias = random(33) if with_bias else None
     exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -54,3 +54,43 @@ def test_a_build_of_torch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     inputs, weight = random(4, 8), random(3, 8)
     assert torch.equal(linear(inputs, weight), nn.functional.linear(inputs, weight))
+
+
+def frozen(plain: nn.Linear) -> FrozenLinear:
+    """With the parameters of ``plain``, not trained."""
+    layer = FrozenLinear(plain.in_features, plain.out_features, bias=plain.bias is not None)
+    layer.load_state_dict(plain.state_dict())
+    layer.requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize("train_bias", [True, False, None])
+def test_a_frozen_layer_equals_a_plain_one(train_bias: bool | None) -> None:
+    """Output, gradient of the input and, where it is trained, of the bias."""
+    plain = nn.Linear(66, 33, bias=train_bias is not None).requires_grad_(False)
+    layer = frozen(plain)
+    if train_bias:
+        plain.bias.requires_grad_()
+        layer.bias.requires_grad_()
+    inputs, expected_inputs = (random(2, 3, 66).requires_grad_() for _ in range(2))
+    output, expected = layer(inputs), plain(expected_inputs)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(inputs.grad, expected_inputs.grad, rtol=1e-5, atol=1e-5)
+    if train_bias:
+        torch.testing.assert_close(layer.bias.grad, plain.bias.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_takes_the_matrix_of_that_moment_and_autograd_keeps_none() -> None:
+    """ZeRO-3 frees what forward has seen and gathers into new memory for backward."""
+    layer = frozen(nn.Linear(8, 4))
+    saved: list[torch.Tensor] = []
+    inputs = random(2, 8).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = layer(inputs)
+    assert saved == []
+    gathered_again, layer.weight.data = layer.weight.data.clone(), torch.empty(0)
+    layer.weight.data = gathered_again
+    output.sum().backward()
+    torch.testing.assert_close(inputs.grad, gathered_again.sum(0).expand(2, 8), rtol=1e-5, atol=1e-5)

@@ -213,7 +213,7 @@ def test_linear_equals_bitsandbytes_matmul(
 def test_dequantized_is_what_bitsandbytes_dequantizes() -> None:
     weight = random_matrix((301, 204), torch.float32)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-    assert torch.equal(quantized_linear(weight, None, True).dequantize(), bnb.dequantize_4bit(codes, state))
+    assert torch.equal(quantized_linear(weight, None, True).matrix(), bnb.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -266,7 +266,7 @@ def test_backward_uses_the_parameters_of_that_moment() -> None:
     linear.weight.data = codes.clone()
     codes.zero_()
     output.sum().backward()
-    torch.testing.assert_close(hidden_states.grad, linear.dequantize().sum(0).expand(2, 64), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden_states.grad, linear.matrix().sum(0).expand(2, 64), rtol=1e-5, atol=1e-5)
 
 
 def test_everything_of_a_linear_is_frozen_and_of_one_dtype() -> None:

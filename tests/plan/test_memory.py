@@ -88,6 +88,7 @@ def costs(
     prompts: tuple[str, ...] = (),
     method: str = "lora",
     dtype: torch.dtype = torch.bfloat16,
+    quantization: str = "nf4",
 ) -> Costs:
     """Of a small LLaMA; ``node``: ranks that are one, with hpZ. Cached: a simulation takes seconds."""
     config = LlamaConfig(
@@ -108,6 +109,7 @@ def costs(
             {
                 "run_dir": "run",
                 "deepspeed": deepspeed_json(Path(folder), stage, **zero),
+                "model": {"quantization": quantization},
                 "data": {"max_length": LENGTH},
                 "adapter": {"method": method},
                 "train": train,
@@ -187,6 +189,16 @@ def test_with_hpz_the_base_is_gathered_within_the_node_and_held_twice() -> None:
     assert hpz.gathered < plain.gathered / 20
     whole = 64 * plain.peak[BASE]
     assert hpz.peak[BASE] == pytest.approx(whole / 64 + whole / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_no_more_is_gathered_at_a_time_without_checkpointing(quantization: str) -> None:
+    """Autograd keeps no gathered matrix from forward to backward: of 6 layers that would be twice as much."""
+    kept, recomputed = (
+        costs("zero3", 4, checkpointing=checkpointing, num_layers=6, quantization=quantization)
+        for checkpointing in (False, True)
+    )
+    assert kept.peak[GATHERED] <= recomputed.peak[GATHERED] * 1.25
 
 
 def test_a_step_has_the_same_flop_in_float32() -> None:

@@ -13,7 +13,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from qvtune.errors import UserError
-from qvtune.model.nf4 import NF4Linear
+from qvtune.model.linear import FrozenLinear
 from qvtune.model.shard import gathered
 
 
@@ -80,7 +80,7 @@ def weight_norm(layer: nn.Linear) -> torch.Tensor:
     if layer.weight.is_meta:
         return torch.ones(layer.out_features)
     with gathered(layer.parameters()), torch.no_grad():
-        weight = layer.dequantize() if isinstance(layer, NF4Linear) else layer.weight
+        weight = layer.matrix() if isinstance(layer, FrozenLinear) else layer.weight
         norm: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     if not norm.all():
         raise UserError(

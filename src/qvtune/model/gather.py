@@ -157,9 +157,7 @@ class ShortGather:
             return
         self._work.wait()
         for parameter, parts in zip(self._parameters, self._buffer.split(self._numels, dim=1), strict=True):
-            whole = parts.reshape(-1)
-            if whole.numel() != parameter.ds_numel:  # the last ranks' pieces are filled up
-                whole = whole[: parameter.ds_numel]
+            whole = parts.contiguous().view(-1)[: parameter.ds_numel]
             parameter.data = whole if parameter.ds_shape == whole.shape else whole.view(parameter.ds_shape)
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         self._work = self._buffer = None

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from qvtune.config.deepspeed import LayerSizes
+from qvtune.distributed.reduce_scatter import use_short_reduce_scatter
 from qvtune.model.adapters import transformers_model
 from qvtune.model.gather import use_one_gather
 from qvtune.model.layer_hooks import shorten_hooks
 from qvtune.model.nf4 import NF4Linear
-from qvtune.model.reduce_scatter import use_short_reduce_scatter
 from qvtune.model.run_ahead import limit_run_ahead
 from qvtune.model.short_lookups import shorten_lookups, shorten_steps
 

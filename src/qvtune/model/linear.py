@@ -1,9 +1,10 @@
-"""Products with matrices that are not trained: torch's own, on a CPU in float32 those of oneDNN.
+"""Linear layers that are not trained.
 
-For float32 on an x86 CPU torch calls MKL, which runs its AVX2 code on processors of other makers than Intel. oneDNN,
-which torch comes with and takes for bfloat16, has AVX-512 code for all of them. python -m tests.benchmarks.linear
-measures both.
+Autograd keeps the module and not its matrix: what forward has seen is freed by ZeRO-3 and gathered again for backward.
+``nn.functional.linear`` would keep the gathered matrices of all layers, which are the whole base, until backward.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from torch import nn
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x W^T + b``, [..., in] -> [..., out], as ``nn.functional.linear`` but outside of autograd.
 
-    Sums in another order than torch's own for float32 on a CPU, so the last bits differ.
+    For float32 on an x86 CPU torch calls MKL, which runs its AVX2 code on processors of other makers than Intel. Its
+    other library, oneDNN, has AVX-512 code for all of them; its sums have another order, so the last bits differ.
+    ``python -m tests.benchmarks.linear`` measures both.
     """
     on_cpu = inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if on_cpu and inputs.dtype == torch.float32:
@@ -20,3 +23,34 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return product
     return nn.functional.linear(inputs, weight, bias)
+
+
+class FrozenLinear(nn.Linear):
+    """``y = x W^T + b`` with a W that is not trained; b may be."""
+
+    def matrix(self) -> torch.Tensor:
+        """W as it is at this moment, [out_features, in_features]."""
+        return self.weight
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        output: torch.Tensor = _Product.apply(hidden_states, self)  # type: ignore[no-untyped-call]
+        return output + self.bias if self._has_trained_bias else output
+
+    @property
+    def _has_trained_bias(self) -> bool:
+        return self.bias is not None and self.bias.requires_grad
+
+
+class _Product(torch.autograd.Function):
+    """With the bias, unless that is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, module: FrozenLinear) -> torch.Tensor:
+        ctx.module = module
+        bias = None if module._has_trained_bias else module.bias
+        return linear(hidden_states, module.matrix(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return linear(grad_outputs[0], ctx.module.matrix().T), None

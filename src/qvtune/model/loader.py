@@ -23,7 +23,7 @@ from qvtune.model.kept import KeptBase, read_again
 from qvtune.model.nf4 import Layout, NF4Linear, first_own_weight, quantize_shard
 from qvtune.model.prequantized import StoredNF4
 from qvtune.model.shard import Placement, Whole, resident_bytes
-from qvtune.model.skeleton import mark_for_nf4, plain_skeleton, read_model_config
+from qvtune.model.skeleton import freeze, plain_skeleton, read_model_config
 from qvtune.storage.safetensors import StoredTensor, TensorFiles, TensorSource, open_weights
 from qvtune.system import peak_rss_bytes, return_freed_memory
 
@@ -69,7 +69,7 @@ class Base:
 
 
 def quantized_layouts(skeleton: nn.Module) -> dict[str, Layout]:
-    """Layout of every matrix of a skeleton that is marked for NF4, by the name of its tensor."""
+    """Layout of every NF4 matrix of a skeleton, by the name of its tensor."""
     modules = skeleton.named_modules()
     return {f"{name}.weight": module.layout for name, module in modules if isinstance(module, NF4Linear)}
 
@@ -82,7 +82,7 @@ def open_base(
     adapter: AdapterSection | None = None,
     head: HeadSettings | None = None,
 ) -> Base:
-    """The folder's architecture without memory, its matrices marked for NF4, compared with its tensors.
+    """The folder's architecture without memory, its linear layers ours, compared with its tensors.
 
     Matrices that ``adapter`` trains themselves (method ``full``) are not quantized. With ``head`` the model is the one
     for sequence classification. Raises UserError with all that does not fit, by name, before anything else is read.
@@ -105,7 +105,7 @@ def open_base(
         whole = plain_skeleton(config, model, dtype, attention, head=head)
         new_modules, note = make_new_modules(whole, files, head, stored_labels, dtype)
         skeleton = whole.base_model if family.is_encoder else whole
-    mark_for_nf4(skeleton, model, dtype, stored.keys(), trained)
+    freeze(skeleton, model, dtype, stored.keys(), trained)
     check_tensors(skeleton, weights, stored)
     return Base(skeleton, weights, stored, whole.requires_grad_(False), new_modules, note)
 

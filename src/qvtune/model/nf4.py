@@ -18,7 +18,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import nn
 
-from qvtune.model.linear import linear
+from qvtune.model.linear import FrozenLinear
 from qvtune.model.quantizer import BLOCK, quantize_nf4
 from qvtune.model.shard import Placement, Shard
 from qvtune.system import one_thread
@@ -199,7 +199,7 @@ def dequantize_range(
     return bnb.dequantize_4bit(codes, quant_state=state).view(-1)[start - first : end - first]
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(FrozenLinear):
     """``y = x W^T + b`` with a frozen 4-bit W, dequantized for each use and never kept.
 
     Parameters (all frozen, 1-D, dtype of the compute): ``weight`` = codes, ``absmax``, ``nested_absmax`` (double
@@ -223,37 +223,11 @@ class NF4Linear(nn.Linear):
         assert isinstance(self.offset, torch.Tensor)
         return _quant_state(pieces, self.offset, self.layout, 0, self.layout.num_weights, self.layout.shape)
 
-    def dequantize(self) -> torch.Tensor:
-        """W, [out_features, in_features], in the compute dtype."""
+    def matrix(self) -> torch.Tensor:
+        """W, dequantized, [out_features, in_features], in the compute dtype."""
         codes, state = self.quant_state()
         return bnb.dequantize_4bit(codes, quant_state=state)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        output: torch.Tensor = _MatMul.apply(hidden_states, self)  # type: ignore[no-untyped-call]
-        return output + self.bias if self._has_trained_bias else output
-
-    @property
-    def _has_trained_bias(self) -> bool:
-        return self.bias is not None and self.bias.requires_grad
 
     def extra_repr(self) -> str:
         """As nn.Linear, and the format."""
         return f"{super().extra_repr()}, nf4, double_quant={self.layout.double_quant}"
-
-
-class _MatMul(torch.autograd.Function):
-    """With the bias, unless that is trained.
-
-    Autograd keeps the module, not tensors: what forward saw is freed by ZeRO-3 and gathered again for backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, module: NF4Linear) -> torch.Tensor:
-        ctx.module = module
-        bias = None if module._has_trained_bias else module.bias
-        return linear(hidden_states, module.dequantize(), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return linear(grad_outputs[0], ctx.module.dequantize().T), None

@@ -1,4 +1,4 @@
-"""The skeleton of a base model: the Hugging Face architecture without weights, its matrices marked for NF4."""
+"""The skeleton of a base model: the Hugging Face architecture without weights, its linear layers ours."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from qvtune.config.schema import ModelSection
 from qvtune.errors import UserError
 from qvtune.model.families import FAMILIES, ends_in, obstacles
 from qvtune.model.head import HeadSettings
+from qvtune.model.linear import FrozenLinear
 from qvtune.model.nf4 import NF4Linear
 
 
@@ -55,41 +56,37 @@ def build_skeleton(
 ) -> nn.Module:
     """The causal language model, or the bare encoder, with empty ("meta") parameters and real buffers.
 
-    As ``mark_for_nf4``. ``with_pooler`` concerns encoders only. Raises UserError where transformers cannot build the
+    As ``freeze``. ``with_pooler`` concerns encoders only. Raises UserError where transformers cannot build the
     model.
     """
     skeleton = plain_skeleton(config, model, dtype, attention, with_pooler=with_pooler)
-    return mark_for_nf4(skeleton, model, dtype, stored, trained)
+    return freeze(skeleton, model, dtype, stored, trained)
 
 
-def mark_for_nf4(
+def freeze(
     skeleton: nn.Module,
     model: ModelSection,
     dtype: torch.dtype,
     stored: Collection[str] = (),
     trained: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Freeze ``skeleton``; with ``model.quantization: nf4`` make each empty ``nn.Linear`` an ``NF4Linear``.
+    """Freeze ``skeleton``; each empty ``nn.Linear`` becomes a ``FrozenLinear``, with ``quantization: nf4`` a 4-bit one.
 
     Not the output head: the choice of QLoRA and of transformers' own 4-bit loading. Where the checkpoint has matrices
-    ``stored`` in 4 bits, just those. A module whose path ends in one of ``trained`` keeps its matrix whole.
+    ``stored`` in 4 bits, just those are NF4. A module whose path ends in one of ``trained`` stays as it is.
     """
-    if model.quantization == "nf4":
-        head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
-        for name, module in list(skeleton.named_modules()):
-            if type(module) is not nn.Linear or not module.weight.is_meta or ends_in(name, trained):
-                continue
-            if name in stored if stored else module is not head:
-                skeleton.set_submodule(
-                    name,
-                    NF4Linear(
-                        module.in_features,
-                        module.out_features,
-                        bias=module.bias is not None,
-                        double_quant=model.double_quant,
-                        dtype=dtype,
-                    ),
-                )
+    head = skeleton.get_output_embeddings()  # type: ignore[operator]  # an encoder has none
+    for name, module in list(skeleton.named_modules()):
+        if type(module) is not nn.Linear or not module.weight.is_meta or ends_in(name, trained):
+            continue
+        shape, has_bias = (module.in_features, module.out_features), module.bias is not None
+        if model.quantization == "nf4" and (name in stored if stored else module is not head):
+            layer: nn.Linear = NF4Linear(*shape, bias=has_bias, double_quant=model.double_quant, dtype=dtype)
+        elif module is not head:
+            layer = FrozenLinear(*shape, bias=has_bias, device="meta", dtype=dtype)
+        else:
+            continue
+        skeleton.set_submodule(name, layer)
     return skeleton.requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ from qvtune.model.families import FAMILIES, trained_matrices
 from qvtune.model.head import head_path
 from qvtune.model.layers import decoder_layers, hook_layers, layer_sizes
 from qvtune.model.shard import Placement, Whole, ZeroPartition, release_gathered
-from qvtune.model.skeleton import mark_for_nf4, plain_skeleton
+from qvtune.model.skeleton import freeze, plain_skeleton
 from qvtune.optim.groups import parameter_groups
 from qvtune.plan.tracker import Bytes, Tracked, Tracker
 from qvtune.tasks import get_task, sequence_classification
@@ -107,7 +107,7 @@ def model_of(setup: Setup) -> tuple[Any, Any]:
     family, head = FAMILIES[config.model_type], get_task(run.task, run.classification).head(run.train.seed)
     whole: Any = plain_skeleton(config, run.model, setup.dtype, setup.attention, head=head)
     skeleton = whole.base_model if head is not None and family.is_encoder else whole
-    mark_for_nf4(skeleton, run.model, setup.dtype, trained=trained_matrices(run.adapter, family))
+    freeze(skeleton, run.model, setup.dtype, trained=trained_matrices(run.adapter, family))
     return whole.requires_grad_(False), skeleton
 
 

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
 from deepspeed.runtime.zero import stage3
 
-from qvtune.model.reduce_scatter import reduce_scatter, use_short_reduce_scatter
+from qvtune.distributed.reduce_scatter import reduce_scatter, use_short_reduce_scatter
 
 # One that need not be copied; fewer elements than ranks; no multiple of the ranks; several.
 SHAPES: list[list[tuple[int, ...]]] = [[(6, 4)], [(1,)], [(7, 3)], [(2, 5), (3,), (4, 6), (1, 1)]]
