@@ -27,7 +27,7 @@ from qvtune.tasks.metrics import Documents, in_order
 from qvtune.tasks.task import Task
 
 _LARGEST_EXPONENT = 709.0  # of e, in float64
-_CHUNK_LOGITS = 2**23  # logits in memory at a time: 32 MiB in fp32, as much again while they are normalized
+_CHUNK_LOGITS = 2**22  # logits in memory at a time: 16 MiB in fp32, as much again while they are normalized
 # Type of device -> label positions at a time, at least. Fewer leave a GPU idle; these are 0.5 GB with 128k tokens.
 MIN_CHUNK_ROWS = {"cpu": 1, "cuda": 1024, "meta": 1024}
 
