@@ -1,10 +1,13 @@
 """The hooks of a decoder layer beside those of DeepSpeed, which they replace."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qvtune.distributed.fake_ranks import fake_ranks
 from qvtune.model import layers as layers_module
@@ -24,13 +27,25 @@ def engine_with_values(checkpointing: bool) -> Any:
     return engine
 
 
+@pytest.fixture(params=["kept", "recomputed inside", "recomputed around"])
+def checkpointing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Of activations; transformers recomputes what is inside of a layer, other code may call the layer once more."""
+    if request.param == "recomputed around":
+        call = torch.nn.Module.__call__
+
+        def recomputed(layer: Any, *inputs: Any, **options: Any) -> Any:
+            return checkpoint(partial(call, layer, **options), *inputs, use_reentrant=False)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "__call__", recomputed)
+    return request.param == "recomputed inside"
+
+
 def gradients_after(engine: Any, num_micro_batches: int) -> list[torch.Tensor]:
     for _ in range(num_micro_batches):
         engine.backward(engine(small_batch()))
     return [gradient.clone() for group in engine.optimizer.averaged_gradients.values() for gradient in group]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_deepspeeds_hooks(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
     """Bit for bit, in the first micro-batch, in which DeepSpeed records the modules, and later."""
     with fake_ranks(1):
@@ -45,7 +60,6 @@ def test_gradients_are_those_of_deepspeeds_hooks(monkeypatch: pytest.MonkeyPatch
     assert all(one.isfinite().all() and one.any() for one in found)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_layer_is_asked_for_once_in_each_direction(checkpointing: bool) -> None:
     """Also if it is recomputed; and it is released before the next one is gathered."""
     calls: list[tuple[str, int]] = []

@@ -1,9 +1,8 @@
 """What ZeRO-3 does around each decoder layer, a leaf module, with less Python than DeepSpeed's own hooks.
 
 DeepSpeed puts autograd functions around a layer's input and output, and asks torch for a backward hook of the module,
-which is two more of them; with activation checkpointing all is done a second time when the layer is recomputed. A layer
-has one input and one output with a gradient, so a hook on each of these two tensors is enough, and a layer that is
-recomputed has been gathered for its backward already.
+which is two more of them. A layer has one input and one output with a gradient, so a hook on each of these two tensors
+is enough.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,14 +36,14 @@ def _hook(layer: Any, offload: Any, reduce_gradients: Sequence[Callable[..., Non
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     def before_forward(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if _is_recomputed():
+        if is_recomputed():
             return
         offload.pre_sub_module_forward_function(layer)
         if inputs[0].requires_grad:
             inputs[0].register_hook(after_backward)
 
     def after_forward(_: nn.Module, __: Any, output: Any) -> None:
-        if _is_recomputed():
+        if is_recomputed():
             return
         FWD_MODULE_STACK.pop()
         offload.post_sub_module_forward_function(layer)
@@ -65,6 +64,9 @@ def _hook(layer: Any, offload: Any, reduce_gradients: Sequence[Callable[..., Non
     layer.register_forward_hook(after_forward)
 
 
-def _is_recomputed() -> bool:
-    """Whether this forward is a part of a backward."""
+def is_recomputed() -> bool:
+    """Whether this forward is a part of a backward: activation checkpointing around the layer, not inside of it.
+
+    It has been gathered for that backward.
+    """
     return torch._C._current_graph_task_id() != -1

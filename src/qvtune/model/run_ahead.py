@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
+
+from qvtune.model.layer_hooks import is_recomputed
 
 LAYERS_AHEAD = 2
 
@@ -33,7 +34,7 @@ def limit_run_ahead(layers: Sequence[nn.Module]) -> None:
         started.append(event)
 
     def before_forward(*_: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:  # else recomputed for a backward, which has waited
+        if not is_recomputed():  # else backward has waited
             wait()
 
     def after_forward(_: nn.Module, __: Any, output: Any) -> None:
