@@ -19,20 +19,21 @@ def shorten_hooks(engine: Any, layers: Sequence[nn.Module]) -> None:
     positional argument, as those of transformers do.
     """
     offload, optimizer = engine.optimizer.parameter_offload, engine.optimizer
-    handles = (*offload.forward_hooks, *offload.backward_hooks, *optimizer._leaf_module_hooks)
-    reducing = {id(layer._backward_hooks): layer._backward_hooks.copy() for layer in layers}
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
-    of_layers = {id(getattr(layer, kind)) for layer in layers for kind in kinds}
-    for handle in handles:
-        if id(handle.hooks_dict_ref()) in of_layers:
+    layer_of = {id(getattr(layer, kind)): layer for layer in layers for kind in kinds}
+    reduce_of: dict[nn.Module, Callable[..., None]] = {}  # where something is trained
+    for handle in (*offload.forward_hooks, *offload.backward_hooks, *optimizer._leaf_module_hooks):
+        hooks = handle.hooks_dict_ref()
+        layer = layer_of.get(id(hooks))
+        if layer is not None:
+            if hooks is layer._backward_hooks:
+                reduce_of[layer] = hooks[handle.id]
             handle.remove()
     for layer in layers:
-        own = reducing[id(layer._backward_hooks)]
-        of_deepspeed = [hook for key, hook in own.items() if key not in layer._backward_hooks]
-        _hook(layer, offload, of_deepspeed)
+        _hook(layer, offload, reduce_of.get(layer, lambda *_: None))
 
 
-def _hook(layer: Any, offload: Any, reduce_gradients: Sequence[Callable[..., None]]) -> None:
+def _hook(layer: Any, offload: Any, reduce_gradients: Callable[..., None]) -> None:
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     def before_forward(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -42,13 +43,14 @@ def _hook(layer: Any, offload: Any, reduce_gradients: Sequence[Callable[..., Non
         if inputs[0].requires_grad:
             inputs[0].register_hook(after_backward)
 
-    def after_forward(_: nn.Module, __: Any, output: Any) -> None:
+    def after_forward(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         if is_recomputed():
             return
         FWD_MODULE_STACK.pop()
         offload.post_sub_module_forward_function(layer)
         hidden_states = output[0] if isinstance(output, tuple) else output
         if hidden_states.grad_fn is not None:
+            assert inputs[0].requires_grad, "nothing would reduce the gradients of this layer"
             # After the hooks of the tensor itself: the layer whose input it is releases before this one is gathered.
             hidden_states.grad_fn.register_prehook(before_backward)
 
@@ -56,8 +58,7 @@ def _hook(layer: Any, offload: Any, reduce_gradients: Sequence[Callable[..., Non
         offload.pre_sub_module_backward_function(layer)
 
     def after_backward(_: torch.Tensor) -> None:
-        for reduce in reduce_gradients:
-            reduce(layer, None, None)
+        reduce_gradients(layer, None, None)
         offload.post_sub_module_backward_function(layer)
 
     layer.register_forward_pre_hook(before_forward)
