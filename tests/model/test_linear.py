@@ -15,10 +15,19 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(
-    "inputs", [random(66), random(0, 66), random(2, 3, 66), random(66, 5).T, random(1, 66).expand(4, 66)]
+    "inputs",
+    [
+        random(66),
+        random(0, 66),
+        random(2, 3, 66),
+        random(2, 32, 66),
+        random(3, 11, 66),
+        random(66, 70).T,
+        random(1, 66).expand(40, 66),
+    ],
 )
 def test_equals_the_product_in_float64(inputs: torch.Tensor, transposed: bool, with_bias: bool) -> None:
-    """Also of one vector, of none, and of tensors that are not contiguous, as backward has them."""
+    """Of one vector, of none, of few and of many rows; of tensors that are not contiguous, as backward has them."""
     weight = random(66, 33).T if transposed else random(33, 66)
     bias = random(33) if with_bias else None
     exact = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -26,15 +35,19 @@ def test_equals_the_product_in_float64(inputs: torch.Tensor, transposed: bool, w
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that are called."""
+    """Names of the operations that are called, and the shapes of their first arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.called: list[tuple[str, torch.Size]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
+        self.called.append((str(func), getattr(args[0], "shape", torch.Size())))
         return func(*args, **kwargs or {})
+
+    def rows_for_onednn(self) -> set[int]:
+        """Rows of the inputs of its operation."""
+        return {shape[0] for name, shape in self.called if name == "mkldnn._linear_pointwise.default"}
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch comes without oneDNN")
@@ -43,16 +56,26 @@ class Operations(TorchDispatchMode):
     [(torch.float32, "cpu", True), (torch.bfloat16, "cpu", False), (torch.float32, "meta", False)],
 )
 def test_onednn_computes_float32_on_a_cpu(dtype: torch.dtype, device: str, by_onednn: bool) -> None:
-    inputs, weight = (random(4, 8, dtype=dtype).to(device) for _ in range(2))
+    inputs, weight = random(64, 8, dtype=dtype).to(device), random(4, 8, dtype=dtype).to(device)
     with Operations() as operations:
         linear(inputs, weight)
-    assert ("mkldnn._linear_pointwise.default" in operations.names) == by_onednn
-    assert operations.names
+    assert bool(operations.rows_for_onednn()) == by_onednn
+    assert operations.called
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch comes without oneDNN")
+def test_onednn_sees_few_numbers_of_rows() -> None:
+    """It keeps code for each; a run has rows of many lengths, and as many numbers of labels."""
+    weight = random(4, 8)
+    with Operations() as operations:
+        shapes = {linear(random(rows, 8), weight).shape for rows in range(150)}
+    assert shapes == {(rows, 4) for rows in range(150)}
+    assert operations.rows_for_onednn() == {32, 64, 96, 128, 160}
 
 
 def test_a_build_of_torch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    inputs, weight = random(4, 8), random(3, 8)
+    inputs, weight = random(64, 8), random(3, 8)
     assert torch.equal(linear(inputs, weight), nn.functional.linear(inputs, weight))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+ROWS = 32  # oneDNN gets multiples of it: for each number of rows it compiles code that stays, up to 0.5 MiB
+
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x W^T + b``, [..., in] -> [..., out], as ``nn.functional.linear`` but outside of autograd.
@@ -17,12 +19,16 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     other library, oneDNN, has AVX-512 code for all of them; its sums have another order, so the last bits differ.
     ``python -m tests.benchmarks.linear`` measures both.
     """
+    rows = inputs.shape[:-1].numel()
     on_cpu = inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if on_cpu and inputs.dtype == torch.float32:
-        # What torch's compiler calls for a linear layer: no other function of torch computes float32 with oneDNN.
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-        return product
-    return nn.functional.linear(inputs, weight, bias)
+    if not on_cpu or inputs.dtype != torch.float32 or rows < ROWS:
+        return nn.functional.linear(inputs, weight, bias)
+    inputs_2d = inputs.flatten(0, -2)
+    if rows % ROWS:
+        inputs_2d = nn.functional.pad(inputs_2d, (0, 0, 0, -rows % ROWS))
+    # What torch's compiler calls for a linear layer: no other function of torch computes float32 with oneDNN.
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs_2d, weight, bias, "none", [], "")
+    return product[:rows].view(*inputs.shape[:-1], -1)
 
 
 class FrozenLinear(nn.Linear):

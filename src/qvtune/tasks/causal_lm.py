@@ -22,19 +22,19 @@ from qvtune.data.tokenize import Document, tokenize_rows
 from qvtune.distributed import process_group
 from qvtune.model.adapters import transformers_model
 from qvtune.model.families import FAMILIES
-from qvtune.model.linear import linear
+from qvtune.model.linear import ROWS, linear
 from qvtune.tasks.metrics import Documents, in_order
 from qvtune.tasks.task import Task
 
 _LARGEST_EXPONENT = 709.0  # of e, in float64
-_CHUNK_LOGITS = 2**22  # logits in memory at a time: 16 MiB in fp32, as much again while they are normalized
+_CHUNK_LOGITS = 5 * 2**20  # logits in memory at a time: 20 MiB in fp32, as much again while they are normalized
 # Type of device -> label positions at a time, at least. Fewer leave a GPU idle; these are 0.5 GB with 128k tokens.
-MIN_CHUNK_ROWS = {"cpu": 1, "cuda": 1024, "meta": 1024}
+MIN_CHUNK_ROWS = {"cpu": ROWS, "cuda": 1024, "meta": 1024}
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
     """Label positions whose logits are in memory at a time."""
-    return max(MIN_CHUNK_ROWS[device_type], _CHUNK_LOGITS // vocab_size)
+    return max(MIN_CHUNK_ROWS[device_type], _CHUNK_LOGITS // vocab_size // ROWS * ROWS)
 
 
 class CausalLM(Task):
