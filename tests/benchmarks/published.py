@@ -81,7 +81,7 @@ class Published:
             }
         )
         deepspeed_config = resolve_deepspeed(run, num_gpus, "bfloat16")
-        costs = costs_of(Setup(run, self.model, deepspeed_config, torch.bfloat16, FLASH), num_gpus)
+        costs = costs_of(Setup(run, self.model, deepspeed_config, torch.bfloat16, FLASH, "cuda"), num_gpus)
         if self.unit == "GiB":
             return costs.peak.total() / 2**30
         cluster = Cluster(GPUS[gpu], nodes=1, gpus_per_node=num_gpus, nics_per_node=num_gpus)
