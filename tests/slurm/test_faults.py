@@ -108,7 +108,7 @@ def test_a_stale_rank_writes_nothing(site: Site) -> None:
     site.cluster.kill(host, "STOP", *ranks)
     site.cluster.kill_slurmd(host)
     # KillWait after it has heard of the node's failure, the first start's srun kills the job's step 0, whichever start
-    # that belongs to. By default a requeued job waits longer than that (cred_expire: 120 s, here 5), here it is held.
+    # that belongs to. By default a requeued job waits longer than that (cred_expire: 120 s, here 10), here it is held.
     site.cluster.wait_for_job(job, lambda now: (now.restarts, now.state) == (1, "PENDING"), "requeued", timeout=120)
     site.cluster.run(LOGIN, "scontrol", "hold", job)
     site.cluster.wait_for_job(

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.timeout(1200)  # every wait in here has a limit of its 
 # Command lines; in brackets: not the one that holds this pattern.
 LAUNCHER = r"[p]ython -u -m qvtune\.distributed\.node_launcher"
 RANK = r"[p]ython -u \S*launch/train\.py --config"
+LONG = 5 * MAX_STEPS  # of one rank, which is fast: it must not be done before Slurm has stopped it
 
 
 def restarted(job: Job, times: int) -> None:
@@ -71,7 +72,7 @@ def test_a_job_that_is_asked_to_stop_goes_on_exactly(site: Site) -> None:
 
 def test_a_preempted_and_a_requeued_job_go_on_exactly_until_the_cap(site: Site) -> None:
     """Preempted, requeued and requeued again, which is more than it may; then the same command resumes."""
-    name, max_steps = "again", 5 * MAX_STEPS  # one rank is fast: it must not be done before Slurm has stopped it thrice
+    name, max_steps = "again", LONG
     again = (name, f"train.max_steps={max_steps}")
     job = site.train(*again, nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="2")
     site.wait_for_step(job, name, 1)
@@ -95,7 +96,7 @@ def test_a_preempted_and_a_requeued_job_go_on_exactly_until_the_cap(site: Site) 
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
-    job = site.train("cancelled", nodes=1)
+    job = site.train("cancelled", f"train.max_steps={LONG}", nodes=1)
     site.wait_for_step(job, "cancelled", 1)
     site.cluster.scancel(job)
     done = site.cluster.wait(job, timeout=120)
@@ -103,7 +104,8 @@ def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
 
 
 def test_a_job_that_is_preempted_at_the_cap_stops(site: Site) -> None:
-    job = site.train("capped", nodes=1, options=("--partition=low",), QVTUNE_MAX_RESTARTS="0")
+    options = ("--partition=low",)
+    job = site.train("capped", f"train.max_steps={LONG}", nodes=1, options=options, QVTUNE_MAX_RESTARTS="0")
     site.wait_for_step(job, "capped", 1)
     preempt(site)
     done = site.cluster.wait(job, timeout=200)
